@@ -1,0 +1,1 @@
+"""Derivatives: products, contexts, hooks, per-sample gradients and path samples. Stateless."""

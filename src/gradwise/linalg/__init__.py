@@ -1,0 +1,1 @@
+"""Arrays without autograd: trees, operators, solvers, spectra, projections, filters."""

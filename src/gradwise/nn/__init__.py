@@ -1,0 +1,1 @@
+"""Network parts and image measures that public classes of several families contain."""

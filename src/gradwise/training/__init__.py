@@ -1,0 +1,1 @@
+"""How a method enters a training loop: closures, the evaluation engine, samplers, one fit loop."""

@@ -1,0 +1,31 @@
+"""Shared fixtures. Array shapes in signatures are checked at run time in every test (jaxtyping with beartype)."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("gradwise", "tests.typecheck.typecheck")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _caller_state_is_left_alone():
+    """No piece of the library may touch the global random state, the default dtype or the gradient mode."""
+    torch.manual_seed(1234)
+    before = torch.get_rng_state()
+    yield
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+    del before
