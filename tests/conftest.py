@@ -9,8 +9,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("gradwise", "tests.typecheck.typecheck")
 
-import pytest
-import torch
+import pytest  # noqa: E402 (the hook must be in place before the package is imported)
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -25,7 +25,9 @@ def require_floating(name: str, x: Any, *, allow_complex: bool = False) -> Tenso
     if x.is_floating_point() or (allow_complex and x.is_complex()):
         return x
     kind = "floating-point or complex" if allow_complex else "floating-point"
-    raise TypeError(f"{name} must be a {kind} tensor, got dtype {x.dtype}; convert it first, for example with .float().")
+    raise TypeError(
+        f"{name} must be a {kind} tensor, got dtype {x.dtype}; convert it first, for example with .float()."
+    )
 
 
 def require_finite(name: str, x: Tensor | float, where: str = "") -> None:
@@ -73,7 +75,7 @@ def require_choice(name: str, value: Any, choices: Any) -> None:
 
 
 def require_shape(name: str, x: Tensor, axes: str) -> None:
-    """Raise ``ValueError`` unless ``x`` has the axes named in ``axes`` (``"b c h w"``; an integer name fixes its size)."""
+    """Raise ``ValueError`` unless ``x`` has the axes named in ``axes`` (``"b c h w"``; a number fixes its size)."""
     names = axes.split()
     if x.ndim != len(names) or any(a.isdigit() and int(a) != s for a, s in zip(names, x.shape, strict=True)):
         raise ValueError(f"{name} must have shape [{', '.join(names)}], got {list(x.shape)}.")

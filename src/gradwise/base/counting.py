@@ -40,7 +40,9 @@ class Counts:
 
     def to_dict(self) -> dict[str, float]:
         """Non-zero counts by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preparation" and getattr(self, f.name)}
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name != "preparation" and getattr(self, f.name)
+        }
 
 
 _active: ContextVar[tuple[Counts, ...]] = ContextVar("gradwise_counts", default=())
@@ -73,7 +75,7 @@ def counting(*, isolated: bool = False) -> Iterator[Counts]:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on gradients, network calls or CPU seconds of this process (never wall clock). ``None`` means no limit."""
+    """A limit on gradients, network calls or CPU seconds of this process (never wall clock); ``None``: no limit."""
 
     gradients: float | None = None
     calls: float | None = None

@@ -7,7 +7,7 @@ that used it.
 
 import ast
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 import hashlib
 import importlib
 from importlib.util import find_spec, resolve_name
@@ -42,7 +42,7 @@ def config_digest(config: Any) -> str:
     return str(joblib.hash(config))[:16]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _source(module: str) -> bytes | None:
     try:
         spec = find_spec(module) if module else None
@@ -53,7 +53,7 @@ def _source(module: str) -> bytes | None:
     return Path(spec.origin).read_bytes()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _closure(module: str) -> frozenset[str]:
     seen: set[str] = set()
     waiting = [module]
