@@ -7,7 +7,7 @@ from gradwise import catalog, reporting
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Append the measured figures to a paper's page and fill the catalogue table."""
-    family, _, name = page.file.src_uri.removesuffix(".md").partition("/")
+    _, _, name = page.file.src_uri.removesuffix(".md").partition("/")
     if name and name != "index":
         return f"{markdown}\n\n{reporting.paper_page(name)}"
     if page.file.src_uri == "catalogue.md":

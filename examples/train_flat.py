@@ -20,7 +20,11 @@ for step in range(200):
     scheduler.step()
 
 accuracy = (model(bed.test.x).argmax(1) == bed.test.y).float().mean()
-flatness = first_order_flatness(
-    lambda: cross_entropy(model(bed.train.x), bed.train.y), list(model.parameters()), rho=0.1
-)
+
+
+def training_loss() -> torch.Tensor:
+    return cross_entropy(model(bed.train.x), bed.train.y)
+
+
+flatness = first_order_flatness(training_loss, list(model.parameters()), rho=0.1)
 print(f"last loss {loss:.3f}, test accuracy {accuracy:.3f}, first-order flatness {float(flatness):.3f}")

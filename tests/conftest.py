@@ -7,6 +7,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # the hook looks it up as an attribute of the package
+
 install_import_hook("gradwise", "tests.typecheck.typecheck")
 
 import pytest  # noqa: E402 (the hook must be in place before the package is imported)
