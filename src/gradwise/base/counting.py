@@ -17,7 +17,11 @@ import time
 
 @dataclass
 class Counts:
-    """Totals of model evaluations by kind. ``preparation`` holds shared work (a cached base model), kept apart."""
+    """Totals of model evaluations by kind. ``preparation`` holds shared work (a cached base model), kept apart.
+
+    ``preparing_seconds`` and ``preparing_cpu_seconds`` are the time that :func:`preparing` blocks took inside this one:
+    whoever times the block takes them off.
+    """
 
     forward: float = 0
     gradient: float = 0
@@ -33,23 +37,33 @@ class Counts:
     model_calls: float = 0
     tokens: float = 0
     preparation: dict[str, float] = field(default_factory=dict)
+    preparing_seconds: float = field(default=0.0, repr=False)
+    preparing_cpu_seconds: float = field(default=0.0, repr=False)
 
     def gradient_equivalents(self) -> float:
         """The total in gradients (forward + backward = 1), without preparation."""
         return self.gradient + self.forward / 3 + self.jvp * 2 / 3 + self.hvp * 2 + self.per_sample
 
     def to_dict(self) -> dict[str, float]:
-        """Non-zero counts by name."""
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name != "preparation" and getattr(self, f.name)
-        }
+        """Non-zero counts by name (without preparation)."""
+        return {name: getattr(self, name) for name in KINDS if getattr(self, name)}
+
+
+KINDS = tuple(f.name for f in fields(Counts) if not f.name.startswith("prepar"))
+"""Names of the kinds of evaluations."""
 
 
 _active: ContextVar[tuple[Counts, ...]] = ContextVar("gradwise_counts", default=())
 
 
 def count(**amounts: float) -> None:
-    """Add ``amounts`` (by field name of :class:`Counts`) to every open :func:`counting` block."""
+    """Add ``amounts`` (by field name of :class:`Counts`) to every open :func:`counting` block.
+
+    Raises ``TypeError`` for a kind that does not exist.
+    """
+    for name in amounts:
+        if name not in KINDS:
+            raise TypeError(f"count() has no kind {name!r}; kinds are {', '.join(KINDS)}.")
     for counts in _active.get():
         for name, amount in amounts.items():
             setattr(counts, name, getattr(counts, name) + amount)
@@ -60,6 +74,24 @@ def count_preparation(**amounts: float) -> None:
     for counts in _active.get():
         for name, amount in amounts.items():
             counts.preparation[name] = counts.preparation.get(name, 0.0) + amount
+
+
+@contextmanager
+def preparing() -> Iterator[Counts]:
+    """Around work that several runs share and that happens to be done here (training a cached model, waiting for it).
+
+    What is counted inside stays inside (it is charged to every user by :func:`count_preparation`), and the time it
+    takes is noted in the open blocks as not theirs.
+    """
+    outer = _active.get()
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        with counting(isolated=True) as counts:
+            yield counts
+    finally:
+        for one in outer:
+            one.preparing_seconds += time.perf_counter() - wall
+            one.preparing_cpu_seconds += time.process_time() - cpu
 
 
 @contextmanager
