@@ -226,6 +226,48 @@ def test_fused_attention_keeps_its_meaning(options, generator):
     assert len(tap.probabilities) == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attn_mask": torch.ones(5, 5, dtype=torch.bool).triu(1)},
+        {"attn_mask": torch.ones(5, 5, dtype=torch.float64).triu(1), "is_causal": False},
+        {"attn_mask": (torch.arange(8 * 25).reshape(8, 5, 5) % 3 == 0)},
+    ],
+)
+@pytest.mark.parametrize(
+    "module", [{"batch_first": True}, {"batch_first": False}, {"bias": False, "batch_first": True}]
+)
+def test_multi_head_attention_of_torch_is_seen(module, options, generator):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.MultiheadAttention(12, 4, dtype=torch.float64, **module).eval()
+    shape = (2, 5, 12) if module["batch_first"] else (5, 2, 12)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for weights in ({"need_weights": False}, {}, {"average_attn_weights": False}):
+        expected = layer(x, x, x, **weights, **options)
+        with AttentionTap() as tap:
+            seen = layer(x, x, x, **weights, **options)
+        torch.testing.assert_close(seen, expected)
+    assert [p.shape for p in tap.probabilities] == [(2, 4, 5, 5)]
+
+
+def test_a_transformer_encoder_of_torch_is_seen_and_rarer_attention_is_left_to_torch(generator):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(12, 4, 8, batch_first=True, norm_first=True).eval()
+        rare = nn.MultiheadAttention(12, 4, add_bias_kv=True).eval()
+    x = torch.randn(2, 5, 12, generator=generator)
+    with torch.no_grad():
+        expected = layer(x)
+    with AttentionTap() as tap, torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    assert len(tap.probabilities) == 1
+    with AttentionTap() as tap:
+        torch.testing.assert_close(rare(x, x, x)[0], rare(x, x, x)[0])
+    assert tap.probabilities == []
+
+
 def test_attention_tap_ends_with_its_block_also_on_error(generator):
     q = torch.randn(1, 1, 3, 2, generator=generator)
     tap = AttentionTap(lambda k, p: p * 0)

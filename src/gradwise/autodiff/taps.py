@@ -185,9 +185,9 @@ def linear_factors(
 class AttentionTap(TorchFunctionMode):
     """Sees, and may rewrite, every attention matrix that is computed inside the block.
 
-    An attention matrix is the result of a softmax over the last axis with shape ``[b, heads, t, t]``; fused
-    ``scaled_dot_product_attention`` is computed explicitly instead (without dropout, softmax in the inputs' dtype).
-    Kernels outside torch and ``nn.MultiheadAttention``, whose inside this cannot enter, stay unseen.
+    An attention matrix is the result of a softmax over the last axis with shape ``[b, heads, t, t]``. Fused
+    ``scaled_dot_product_attention`` and ``nn.MultiheadAttention`` (with one weight for query, key and value) are
+    computed explicitly instead, without dropout. Kernels outside torch and compiled models stay unseen.
 
     Args:
         rewrite: ``rewrite(k, probabilities)`` gives what is used in place of the k-th matrix; ``None`` only listens.
@@ -205,6 +205,8 @@ class AttentionTap(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._explicit(*args, **kwargs)
+        if func is F.multi_head_attention_forward and (found := self._multi_head(*args, **kwargs)) is not None:
+            return found
         result = func(*args, **kwargs)
         if func in (F.softmax, torch.softmax, Tensor.softmax) and _is_attention(result):
             return self.use(result)
@@ -242,6 +244,48 @@ class AttentionTap(TorchFunctionMode):
             logits = logits.masked_fill(~attn_mask, float("-inf")) if hidden else logits + attn_mask
         probabilities = logits.softmax(-1)
         return (self.use(probabilities) if _is_attention(probabilities) else probabilities) @ value
+
+    def _multi_head(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        width: int,
+        heads: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        bias_k: Tensor | None,
+        bias_v: Tensor | None,
+        add_zero_attn: bool,
+        dropout_p: float,
+        out_weight: Tensor,
+        out_bias: Tensor | None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        need_weights: bool = True,
+        is_causal: bool = False,
+        **rest: Any,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """What ``nn.MultiheadAttention`` computes on ``[t, b, width]``; ``None`` for the rarer forms, left to torch."""
+        if weight is None or bias_k is not None or add_zero_attn or key_padding_mask is not None or query.ndim != 3:
+            return None
+        if rest.get("static_k") is not None or rest.get("static_v") is not None or not 1 < len(query) == len(key):
+            return None
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+            for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True)
+        )
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.unflatten(0, (-1, heads))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask  # here True hides, in scaled_dot_product_attention it keeps
+        attended = self._explicit(q, k, v, attn_mask)
+        used = self.probabilities[-1] if need_weights else None
+        if used is not None and rest.get("average_attn_weights", True):
+            used = used.mean(1)
+        return F.linear(attended.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias), used
 
 
 def _is_attention(x: Tensor) -> bool:
