@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from gradwise.base import digest
 from gradwise.base.digest import code_digest, code_modules, config_digest, modules_digest
 
-
 CACHED = [item for item in vars(digest).values() if hasattr(item, "cache_clear")]
 
 

@@ -19,6 +19,8 @@ def as_tensor(
         return x.to(device=device, dtype=dtype), lambda t: t
     try:
         array = np.asarray(x)
+        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+            array = array.copy()  # torch shares memory, and takes neither read-only arrays nor reversed views
         tensor = torch.as_tensor(array, dtype=dtype, device=device)
     except (TypeError, ValueError) as error:
         raise TypeError(f"expected a tensor, an array or numbers, got {type(x).__name__}: {error}") from error

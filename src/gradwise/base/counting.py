@@ -116,11 +116,10 @@ class Budget:
 
     def left(self, counts: Counts) -> float:
         """The smallest remaining share of the budget, in [0, 1] (infinity when nothing is limited)."""
-        shares = [float("inf")]
-        if self.gradients is not None:
-            shares.append(1 - counts.gradient_equivalents() / self.gradients)
-        if self.calls is not None:
-            shares.append(1 - counts.network_calls / self.calls)
-        if self.cpu_seconds is not None:
-            shares.append(1 - (time.process_time() - self.started) / self.cpu_seconds)
-        return max(min(shares), 0.0)
+        spent = (
+            (self.gradients, counts.gradient_equivalents()),
+            (self.calls, counts.network_calls),
+            (self.cpu_seconds, time.process_time() - self.started),
+        )
+        shares = [1 - used / limit if limit > 0 else 0.0 for limit, used in spent if limit is not None]
+        return max(min(shares, default=float("inf")), 0.0)

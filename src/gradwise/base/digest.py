@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 PROJECT = __name__.partition(".")[0]
-JUDGING = tuple(f"{PROJECT}.{room}" for room in ("trials", "reporting", "catalog"))
-"""Packages that look at results and do not make them: a change there does not touch a stored run."""
+ONLOOKERS = tuple(f"{PROJECT}.{room}" for room in ("trials", "reporting", "catalog", "base.figures", "base.digest"))
+"""Modules that look at results and do not make them: a change there does not touch a stored run."""
 
 
 def code_digest(*functions: Callable[..., Any]) -> str:
@@ -109,10 +109,9 @@ class _Walk:
             return f"{type(value).__name__}{self._sequence(value)}"
         if isinstance(value, set | frozenset):
             return f"set[{','.join(sorted(map(self.token, value)))}]"
-        if type(value).__module__ != "builtins" and not isinstance(value, type) and isinstance(value, Mapping | Tensor):
-            return f"{self._name(type(value))}{self._mapping(value)}"
         if isinstance(value, Mapping):
-            return f"dict{self._mapping(value)}"
+            kind = "dict" if isinstance(value, dict) else self._name(type(value))
+            return f"{kind}{self._mapping(value)}"
         if isinstance(value, partial):
             return f"partial[{self.token(value.func)},{self._sequence(value.args)},{self._mapping(value.keywords)}]"
         if isinstance(value, MethodType):
@@ -303,7 +302,7 @@ def _closure(module: str) -> frozenset[str]:
         current = waiting.pop()
         if current not in seen:
             seen.add(current)
-            waiting.extend(name for name in _imports(current) - seen if not _within(name, JUDGING))
+            waiting.extend(name for name in _imports(current) - seen if not _within(name, ONLOOKERS))
     return frozenset(seen)
 
 

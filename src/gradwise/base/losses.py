@@ -18,6 +18,8 @@ class LossTerms(Mapping[str, Tensor]):
         if not terms:
             raise ValueError("LossTerms needs at least one named term.")
         for name, term in terms.items():
+            if not isinstance(term, Tensor):
+                raise TypeError(f"loss term {name!r} must be a tensor, got {type(term).__name__}.")
             if term.ndim != 0:
                 raise ValueError(f"loss term {name!r} must be a scalar, got shape {list(term.shape)}.")
         self._terms = terms
