@@ -1,0 +1,107 @@
+"""Pictures of a trial that need nothing but its exported result: paired differences, learning curves."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import math
+from typing import Any
+
+from gradwise.base.figures import Figure, Series
+from gradwise.reporting.numbers import number
+from gradwise.reporting.words import effect
+from gradwise.trials.intervals import t_interval
+
+DIFFERENCES = ("Difference", "NonInferior", "Equivalent")
+PROGRESS = ("epoch", "epochs", "step", "steps", "gradients", "iteration", "iterations", "calls")
+MOST_ROWS, MOST_CURVES = 9, 4
+
+
+def interval_figures(trial: Mapping[str, Any]) -> Iterator[Figure]:
+    """One picture per unit: every judged difference (or ratio) with its interval and the single seeds behind it."""
+    judgements = list(trial.get("verdict", {}).get("judgements", ()))
+    judgements += [control["judgement"] for control in trial.get("verdict", {}).get("controls", ())]
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for judgement in judgements:
+        form = "Ratio" if judgement.get("form") == "Ratio" else "Difference"
+        drawn = judgement.get("form") == "Ratio" or judgement.get("form") in DIFFERENCES
+        if drawn and None not in (judgement.get("estimate"), judgement.get("low"), judgement.get("high")):
+            groups.setdefault((form, str(judgement.get("unit", ""))), []).append(judgement)
+    level = number(100 * float(trial.get("level", 0.95)))
+    first = next(iter(trial.get("settings", ())), None)
+    for (form, unit), members in groups.items():
+        for start in range(0, len(members), MOST_ROWS):
+            yield _intervals(members[start : start + MOST_ROWS], form, unit, level, first)
+
+
+def _intervals(members: Sequence[Mapping[str, Any]], form: str, unit: str, level: str, first: Any) -> Figure:
+    ratio = form == "Ratio"
+    labels = [str(j["label"]) + (f" [{j['setting']}]" if j["setting"] != first else "") for j in members]
+    labels = [label + "\u200b" * i for i, label in enumerate(labels)] if len(set(labels)) < len(labels) else labels
+    singles = [(label, value) for label, j in zip(labels, members, strict=True) for value in j.get("values", ())]
+    marks = {"equal" if ratio else "no difference": 1.0 if ratio else 0.0}
+    margins = {float(j.get("margin") or 0.0) for j in members if j.get("form") == "Difference"}
+    if not ratio and len(margins) == 1 and (margin := margins.pop()):
+        marks["margin"] = margin
+    told = "; ".join(f"{label}: {effect(j)}, {j['verdict']}" for label, j in zip(labels, members, strict=True))
+    return Figure(
+        kind="intervals",
+        title="Paired ratios" if ratio else f"Paired differences in {unit}",
+        alt=f"Mean and {level} % interval over seeds. {told}.",
+        series=(
+            Series(
+                f"mean and {level} % interval",
+                tuple(labels),
+                tuple(j["estimate"] for j in members),
+                tuple(j["low"] for j in members),
+                tuple(j["high"] for j in members),
+            ),
+            Series("single seeds", tuple(s[0] for s in singles), tuple(s[1] for s in singles)),
+        ),
+        y_label="ratio" if ratio else f"difference in {unit} (positive is better)",
+        marks=marks,
+        mark_axis="y",
+        log_y=ratio,
+    )
+
+
+def curve_figures(trial: Mapping[str, Any]) -> Iterator[Figure]:
+    """Learning curves of all arms: mean over seeds with its interval as a band, one picture per trace and setting."""
+    runs = [run for run in trial.get("runs", ()) if run.get("status", "ok") == "ok"]
+    level = float(trial.get("level", 0.95))
+    names = dict.fromkeys(name for run in runs for name in run.get("traces", {}))
+    made = 0
+    for setting in dict.fromkeys(run.get("setting", "main") for run in runs):
+        for name in names:
+            if name in PROGRESS or made == MOST_CURVES:
+                continue
+            here = [run for run in runs if run.get("setting", "main") == setting]
+            figure = _curves(name, setting, here, level, len(trial.get("settings", ())) > 1)
+            if figure is not None:
+                made += 1
+                yield figure
+
+
+def _curves(name: str, setting: str, runs: Sequence[Mapping[str, Any]], level: float, several: bool) -> Figure | None:
+    told = [run for run in runs if len(run.get("traces", {}).get(name, ())) > 2]
+    axis = next((p for p in PROGRESS if told and all(len(run["traces"].get(p, ())) > 2 for run in told)), "")
+    series = []
+    for arm in dict.fromkeys(run["arm"] for run in told):
+        traces = [run["traces"] for run in told if run["arm"] == arm]
+        length = min(len(trace[key]) for trace in traces for key in (name, axis) if key)
+        x = tuple(float(v) for v in (traces[0][axis] if axis else range(1, length + 1))[:length])
+        stats = [_interval([trace[name][i] for trace in traces], level) for i in range(length)]
+        mean, low, high = (tuple(values) for values in zip(*stats, strict=True))
+        series.append(Series(arm, x, mean, low, high) if len(traces) > 1 else Series(arm, x, mean))
+    if not series:
+        return None
+    ends = "; ".join(f"{s.name} ends at {number(s.y[-1])}" for s in series)
+    where = f" ({setting})" if several else ""
+    band = f"The band is the {number(100 * level)} % interval of the mean over seeds. "
+    return Figure("lines", f"{name}{where}", f"{band}{ends}.", tuple(series), axis or "point of the trace", name)
+
+
+def _interval(values: Sequence[float | None], level: float) -> tuple[float, float, float]:
+    known = [float(v) for v in values if v is not None and math.isfinite(v)]
+    if not known:
+        return math.nan, math.nan, math.nan
+    found = t_interval(known, level)
+    finite = math.isfinite(found.low) and math.isfinite(found.high)
+    return found.mean, found.low if finite else found.mean, found.high if finite else found.mean

@@ -1,0 +1,153 @@
+"""What was found, what helped and how sure that is, in sentences."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gradwise.reporting.numbers import estimate, number
+
+COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+OVERALL = {
+    "holds": "Everything that was expected holds.",
+    "partly": "Part of what was expected holds.",
+    "fails": "What was expected does not hold.",
+    "not settled at this size": "Too few or too small runs to settle it.",
+    "not credible": "The control shows the effect too, so the result is not credible.",
+    "reported": "Figures are reported, none is judged.",
+}
+
+
+# What is said of a method, by its verdict at equal steps and at equal cost (None: it costs nothing more).
+PHRASES = {
+    ("holds", "holds"): "helped, also at equal cost",
+    ("holds", None): "helped",
+    ("holds", "not settled"): "helped at equal steps; at equal cost these seeds do not tell",
+    ("holds", "fails"): "helped at equal steps, not at equal cost",
+    ("fails", None): "did not help",
+    ("not settled", None): "cannot be told from no effect with these seeds",
+}
+
+
+def count(n: int, noun: str, plural: str = "") -> str:
+    """``one reading``, ``two readings``, ``13 readings``."""
+    word = COUNTS[n] if n < len(COUNTS) else str(n)
+    return f"{word} {noun if n == 1 else plural or noun + 's'}"
+
+
+def join(items: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def capital(text: str) -> str:
+    """``text`` with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def sentence(text: str) -> str:
+    """``text`` with a capital first letter and a full stop."""
+    text = text.strip()
+    return capital(text) + ("" if not text or text[-1] in ".!?" else ".")
+
+
+def inside(title: str) -> str:
+    """A title as it reads inside a sentence: without its capital, unless it starts with an abbreviation."""
+    return title if title[1:2].isupper() else title[:1].lower() + title[1:]
+
+
+def _named(titles: Sequence[str]) -> str:
+    """Up to three titles by name, more by number."""
+    return count(len(titles), "reading") if len(titles) > 3 else join([titles[0], *map(inside, titles[1:])])
+
+
+def found(checkup: Mapping[str, Any]) -> str:
+    """The check-up in one sentence: what needs action, what to watch, or that all is well."""
+    findings = checkup.get("findings", ())
+    act, watch, ok, failed = (
+        [str(f.get("title") or f.get("reading")) for f in findings if f.get("severity") == severity]
+        for severity in ("act", "watch", "ok", "failed")
+    )
+    if not findings:
+        return "The check-up took no readings."
+    if act:
+        verb = "calls" if len(act) == 1 else "call"
+        rest = f", {count(len(watch), 'other')} should be watched" if watch else ""
+        return sentence(f"{_named(act)} {verb} for action{rest}")
+    if watch:
+        return sentence(f"nothing calls for action; {inside(_named(watch))} should be watched")
+    if ok and not failed:
+        one = len(ok) == 1
+        return sentence(
+            f"{'the' if one else 'all'} {count(len(ok), 'reading')} {'is' if one else 'are'} in the healthy range"
+        )
+    return sentence(f"{count(len(ok), 'reading')} in the healthy range, {count(len(failed), 'reading')} failed")
+
+
+def helped(trial: Mapping[str, Any]) -> str:
+    """A trial in one sentence: which methods helped, which did not, and which cannot be told apart yet."""
+    verdict = trial.get("verdict", {})
+    overall = str(verdict.get("overall", ""))
+    arms = [str(arm["name"]) for arm in trial.get("arms", ())]
+    methods = [str(arm["name"]) for arm in trial.get("arms", ()) if arm.get("role") == "method"]
+    primary = [j for j in verdict.get("judgements", ()) if j.get("role", "primary") == "primary"]
+    groups: dict[str, list[str]] = {phrase: [] for phrase in PHRASES.values()}
+    for method in methods:
+        alone = _best(j for j in primary if about(j, arms) == method)
+        matched = _best(j for j in primary if about(j, arms) in {a for a in arms if a.startswith(f"{method} (")})
+        phrase = PHRASES.get((alone, matched)) or PHRASES.get((alone, None))
+        if phrase is not None:
+            groups[phrase].append(method)
+    if overall == "not credible" or len(primary) < 2 or not any(groups.values()):
+        return OVERALL.get(overall, sentence(overall))
+    return "; ".join(f"{join(names)} {phrase}" for phrase, names in groups.items() if names) + "."
+
+
+def _best(judgements: Iterable[Mapping[str, Any]]) -> str | None:
+    found = {j.get("verdict") for j in judgements}
+    return next((verdict for verdict in ("holds", "not settled", "fails") if verdict in found), None)
+
+
+def about(judgement: Mapping[str, Any], arms: Sequence[str]) -> str | None:
+    """The arm that a judgement speaks for: the one whose name its label starts with, or else names first."""
+    label = str(judgement.get("label", ""))
+    places = [(label.find(arm), -len(arm), arm) for arm in arms if arm in label]
+    return min(places)[2] if places else None
+
+
+def effect(judgement: Mapping[str, Any], level: float = 0.95) -> str:
+    """An estimate with its interval and number of seeds, such as ``+0.012 accuracy (95 % interval 0.004 to 0.02)``."""
+    value, between = estimate(*(judgement.get(k) for k in ("estimate", "low", "high")), sign=is_difference(judgement))
+    text = f"{value} {unit(judgement)}".strip()
+    return f"{text} ({number(level * 100)} % interval {between})" if between != "–" else text
+
+
+def is_difference(judgement: Mapping[str, Any]) -> bool:
+    """Whether the estimate is a difference, which is written with its sign."""
+    return judgement.get("form") in ("Difference", "NonInferior", "Equivalent")
+
+
+def unit(judgement: Mapping[str, Any]) -> str:
+    """The unit of a judgement's figures, as written behind a number."""
+    name = str(judgement.get("unit") or "")
+    return "×" if name == "ratio" else name.removeprefix("cost/").replace("_", " ")
+
+
+def sureness(trials: Sequence[Mapping[str, Any]]) -> str:
+    """How the intervals were made, for readers who want to know how far to trust them."""
+    if not trials:
+        return "Readings are single measurements on this model and data; no trial was run."
+    seeds = sorted({len(trial.get("seeds", ())) for trial in trials})
+    levels = sorted({float(trial.get("level", 0.95)) for trial in trials})
+    return sentence(
+        f"every comparison is paired by seed ({' or '.join(map(str, seeds))} seeds) with "
+        f"{join([number(level * 100) + ' %' for level in levels])} Student t intervals; “holds” means that the whole "
+        "interval lies beyond the stated margin"
+    )
+
+
+def unsettled(judgement: Mapping[str, Any]) -> str:
+    """What these seeds could have shown, for a judgement that is not settled."""
+    smallest = judgement.get("smallest_effect")
+    if judgement.get("verdict") != "not settled" or smallest is None:
+        return ""
+    return f"these seeds would have settled {number(smallest)}"
