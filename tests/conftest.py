@@ -7,7 +7,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
-import tests.typecheck  # the hook looks it up as an attribute of the package
+import tests.typecheck  # noqa: F401 (the hook looks it up as an attribute of the package)
 
 install_import_hook("gradwise", "tests.typecheck.typecheck")
 

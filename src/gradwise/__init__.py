@@ -10,7 +10,17 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
-    submodules=["attribution", "regularization", "selection", "catalog", "trials", "claims", "checkup", "reporting", "testbeds"],
+    submodules=[
+        "attribution",
+        "regularization",
+        "selection",
+        "catalog",
+        "trials",
+        "claims",
+        "checkup",
+        "reporting",
+        "testbeds",
+    ],
     submod_attrs={
         "api": ["diagnose", "trial", "reproduce", "compare"],
         "checkup.subject": ["Subject"],

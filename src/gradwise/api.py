@@ -137,7 +137,7 @@ def claim_of(id: str) -> "Trial":
     if record.key in claims.ids():
         return claims.load(record.key)
     if resolves(record.claim_module):
-        return importlib.import_module(record.claim_module).claim  # type: ignore[no-any-return]
+        return importlib.import_module(record.claim_module).claim
     there = ", ".join(name.partition("/")[2] for name in claims.ids()) or "none"
     raise LookupError(f"{record.key} has no executable claim yet (status: {record.status}); there is one for: {there}.")
 

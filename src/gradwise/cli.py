@@ -270,7 +270,8 @@ def show(paper: PaperId, as_json: AsJson = False) -> None:
     stale = ", stale: the code has changed since" if figures.get("stale") else ""
     typer.echo(f"figures {verdict.get('overall', '–')} at scale {figures.get('scale', '–')}{stale}")
     for judgement in verdict.get("judgements", ()):
-        typer.echo(f"        {judgement.get('label')}: {judgement.get('verdict')}")
+        role = "" if judgement.get("role") == "primary" else f" ({judgement.get('role')})"
+        typer.echo(f"        {judgement.get('label')}, {judgement.get('setting')}: {judgement.get('verdict')}{role}")
 
 
 @app.command(epilog=EPILOG)

@@ -38,7 +38,7 @@ def test_open_intervals_are_not_drawn(trial):
 
 def test_curves_are_means_with_t_intervals(trial):
     figures = {figure.title: figure for figure in curve_figures(trial)}
-    figure = figures["valid accuracy (main)"]
+    figure = figures["Valid accuracy: main"]
     assert [s.name for s in figure.series] == ["plain", "gam", "gam (equal cost)", "useful"]
     assert figure.x_label == "epoch"
     ends = [r["traces"]["valid accuracy"][-1] for r in trial["runs"] if r["arm"] == "gam" and r["setting"] == "main"]
@@ -59,6 +59,22 @@ def test_failed_runs_and_gaps_do_not_spoil_a_curve(trial):
     figure = next(iter(curve_figures(trial)))
     assert [len(s.x) for s in figure.series] == [len(s.y) for s in figure.series] == [3, 3, 3, 3]
     assert figure.series[1].y[1] != figure.series[1].y[1], "a missing point is a gap"
+
+
+def test_many_arms_get_a_picture_per_method(trial):
+    names = ["plain", "gam", "gam (equal cost)", "gam (strength 0)", "useful", "sam", "sam (equal cost)"]
+    roles = ["baseline", "method", "matched", "control", "method", "competitor", "matched"]
+    trial["arms"] = [{"name": name, "role": role} for name, role in zip(names, roles, strict=True)]
+    template = trial["runs"][0]
+    trial["runs"] = [{**template, "arm": name, "seed": seed} for name in names for seed in (0, 1)]
+    trial["settings"] = {"main": {}}
+    figures = list(curve_figures(trial))
+    assert [f.title for f in figures] == [f"Valid accuracy: {name}" for name in ("gam", "useful", "sam")]
+    assert [[s.name for s in f.series] for f in figures] == [
+        ["plain", "gam", "gam (equal cost)"],
+        ["plain", "useful"],
+        ["plain", "sam", "sam (equal cost)"],
+    ]
 
 
 def test_nothing_to_draw():

@@ -67,7 +67,7 @@ def test_a_result_that_is_not_credible_helps_nobody(trial):
 def test_how_sure(trial):
     text = words.sureness([trial])
     assert "5 seeds" in text
-    assert "95 %" in text
+    assert "95\u202f%" in text
     assert "no trial was run" in words.sureness([])
 
 

@@ -156,6 +156,25 @@ def test_only_active_parameters_take_part(weight):
         assert at.of_active([1.0, 2.0, 3.0]).tolist() == [2.0]
 
 
+def test_a_loss_that_reaches_no_parameter_is_refused(weight):
+    other = nn.Parameter(torch.ones(2))
+    with torch.no_grad(), Evaluations([weight]) as at, pytest.raises(RuntimeError, match="received a gradient"):
+        at.gradient(half_square(other))
+
+
+def test_a_later_evaluation_that_draws_more_uses_up_nothing(weight):
+    draws = iter([1, 5])
+
+    def noisy():
+        return half_square(weight)() + torch.rand(next(draws)).sum()
+
+    with torch.no_grad(), Evaluations([weight]) as at:
+        at.gradient(noisy)
+        after = torch.get_rng_state()
+        at.gradient(noisy)
+    assert torch.equal(after, torch.get_rng_state())
+
+
 def test_a_later_evaluation_may_lack_a_gradient():
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     losses = iter([lambda: (a * b).sum(), lambda: a.sum()])

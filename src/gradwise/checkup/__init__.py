@@ -5,29 +5,6 @@
 16
 """
 
-from gradwise.checkup.diagnose import diagnose
-from gradwise.checkup.reading import Checkup, Context, Finding, Reading, Skip
-from gradwise.checkup.readings import READINGS
-from gradwise.checkup.subject import Subject, SubjectError, load_subject
-from gradwise.checkup.treatment import Plan, Treatment, TreatmentError, UnknownTreatmentError
-from gradwise.checkup.treatments import TREATMENTS
-from gradwise.checkup.trial import treatment_trial
+import lazy_loader as _lazy
 
-__all__ = [
-    "READINGS",
-    "TREATMENTS",
-    "Checkup",
-    "Context",
-    "Finding",
-    "Plan",
-    "Reading",
-    "Skip",
-    "Subject",
-    "SubjectError",
-    "Treatment",
-    "TreatmentError",
-    "UnknownTreatmentError",
-    "diagnose",
-    "load_subject",
-    "treatment_trial",
-]
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

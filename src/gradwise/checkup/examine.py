@@ -52,6 +52,8 @@ def examine(subject: Any, seed: int = 0) -> Facts:
     subject = require_subject(subject)
     if isinstance(subject.epochs, bool) or not isinstance(subject.epochs, int) or subject.epochs < 1:
         raise SubjectError("epochs", f"must be an integer of at least 1, got {subject.epochs!r}.")
+    if not callable(subject.loss):
+        raise SubjectError("loss", f"must be a function of (outputs, targets), got {type(subject.loss).__name__}.")
     with seeded(seed, subject.train, subject.valid):
         model = _model(subject)
         train = _sample(subject, "train", CAP, seed)
@@ -72,7 +74,7 @@ def examine(subject: Any, seed: int = 0) -> Facts:
         classes=classes,
         images=pair is not None and pair[0].ndim == 4 and pair[0].shape[1] in (1, 3) and min(pair[0].shape[2:]) >= 4,
         batch_size=len(first_tensor(batch)),
-        steps_per_epoch=len(subject.train) if hasattr(subject.train, "__len__") else None,
+        steps_per_epoch=_length(subject.train),
         train=train,
         valid=valid,
     )
@@ -191,8 +193,6 @@ def _classes(outputs: Any, sample: Sample, part: str) -> int | None:
 
 
 def _loss(subject: Subject, model: nn.Module, batch: Any) -> None:
-    if not callable(subject.loss):
-        raise SubjectError("loss", f"must be a function of (outputs, targets), got {type(subject.loss).__name__}.")
     outputs, targets = Objective(model, subject.loss).outputs(batch)
     try:
         loss = subject.loss(outputs, targets)
@@ -213,10 +213,11 @@ def _loss(subject: Subject, model: nn.Module, batch: Any) -> None:
         )
     if not loss.requires_grad:
         raise SubjectError("loss", "it carries no gradient.", "Remove .detach(), .item() or torch.no_grad() from it.")
-    if not math.isfinite(float(loss)):
+    value = float(loss.detach())
+    if not math.isfinite(value):
         raise SubjectError(
             "loss",
-            f"it is {float(loss):g} on the first batch before any training.",
+            f"it is {value:g} on the first batch before any training.",
             "Look for logarithms or divisions of zero, and for inputs of very large scale.",
         )
 
@@ -278,6 +279,13 @@ def _called(part: str, what: str, function: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         raise SubjectError(part, f"{what} raised {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # a stream
+        return None
 
 
 def _first_line(error: BaseException) -> str:

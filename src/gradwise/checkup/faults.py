@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gradwise.checkup.subject import Subject
 from gradwise.checkup.subjects import BATCH, EPOCHS, LARGE_STEP, N_TRAIN, N_VALID, STEP, digits_cnn, sgd
 from gradwise.testbeds.bed import Part
-from gradwise.testbeds.digits import digits as digits_bed
-from gradwise.testbeds.digits import label_noise
+from gradwise.testbeds.digits import digits as digits_bed, label_noise
 
 
 @dataclass(frozen=True)

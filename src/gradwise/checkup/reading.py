@@ -165,11 +165,17 @@ class Checkup:
 
     @property
     def treatments(self) -> tuple[str, ...]:
-        """Those of :attr:`prescribed` that can be tried in training, for ``treatment_trial``."""
+        """Those of :attr:`prescribed` that can be tried in training, for ``treatment_trial``.
+
+        Where several findings call for action, the first remedy of each is also given as one combined treatment.
+        """
         from gradwise.checkup.treatment import registered
 
         known = registered()
-        return tuple(name for name in self.prescribed if name in known)
+        single = [name for name in self.prescribed if name in known]
+        acting = [[name for name in f.prescribes if name in known] for f in self.findings if f.severity == "act"]
+        first = list(dict.fromkeys(names[0] for names in acting if names))
+        return (*single, "+".join(first)) if len(first) > 1 else tuple(single)
 
     def to_dict(self) -> dict[str, Any]:
         """The check-up as plain JSON types."""

@@ -3,7 +3,7 @@
 A :class:`Subject` is also how a file names one: ``load_subject("package.module:attribute")``.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 import hashlib
@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 EMBEDDED = ("digits", "digits_healthy")
 
@@ -58,16 +58,17 @@ class Subject:
     """
 
     name: str
-    model: Callable[[], nn.Module]
-    loss: Callable[[Any, Any], Tensor]
+    # Types are those of the descriptions above; what users pass instead is told by the examination, part by part.
+    model: Any
+    loss: Any
     train: Any
     valid: Any
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = default_optimizer
-    epochs: int = 10
-    metric: Callable[[Any, Any], float] | None = None
-    domains: Sequence[int] | Tensor | None = None
-    protected: Sequence[int] | Tensor | None = None
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    optimizer: Any = default_optimizer
+    epochs: Any = 10
+    metric: Any = None
+    domains: Any = None
+    protected: Any = None
+    scheduler: Any = None
     description: str = ""
 
 

@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gradwise.checkup.subject import Subject
-from gradwise.testbeds.digits import digits as digits_bed
-from gradwise.testbeds.digits import label_noise
+from gradwise.testbeds.digits import digits as digits_bed, label_noise
 
 NOISE = 0.18
 LARGE_STEP = 0.08

@@ -83,6 +83,43 @@ class Treatment(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Combined:
+    """Several treatments of one run, applied in order: ``"learning_rate+drop_suspects"``."""
+
+    parts: tuple[Treatment, ...]
+
+    @property
+    def id(self) -> str:
+        """The parts' ids, joined."""
+        return "+".join(part.id for part in self.parts)
+
+    @property
+    def title(self) -> str:
+        """The parts' titles, joined."""
+        return ", ".join(part.title for part in self.parts)
+
+    @property
+    def extra_work(self) -> bool:
+        """Whether any part costs more."""
+        return any(part.extra_work for part in self.parts)
+
+    def fitted(self, subject: Subject, checkup: Any = None) -> "Combined":
+        """With every part fitted."""
+        return Combined(tuple(fit_treatment(part, subject, checkup) for part in self.parts))
+
+    def apply(self, plan: Plan) -> Plan:
+        """One after the other."""
+        for part in self.parts:
+            plan = part.apply(plan)
+        return plan
+
+    def off(self) -> "Combined | None":
+        """All parts at strength zero, where all have one."""
+        parts = [part.off() for part in self.parts]
+        return Combined(tuple(part for part in parts if part is not None)) if all(parts) else None
+
+
 @dataclass
 class Outcome:
     """A finished run: the trained model and the course of training."""
@@ -137,6 +174,12 @@ def carry_out(
     return Outcome(plan.model, report)
 
 
+def fit_treatment(treatment: Treatment, subject: Subject, checkup: Any = None) -> Treatment:
+    """``treatment`` with its strength set for ``subject``, where it asks for that."""
+    fitted: Callable[..., Treatment] | None = getattr(treatment, "fitted", None)
+    return treatment if fitted is None else fitted(subject, checkup)
+
+
 def registered() -> Mapping[str, Treatment]:
     """All treatments by id."""
     from gradwise.checkup.treatments import TREATMENTS
@@ -145,7 +188,7 @@ def registered() -> Mapping[str, Treatment]:
 
 
 def find_treatment(name: Any) -> Treatment:
-    """The treatment of that id; a :class:`Treatment` is returned as it is.
+    """The treatment of that id (``"a+b"`` for two at once); a :class:`Treatment` is returned as it is.
 
     Raises :class:`UnknownTreatmentError` with the nearest names; a catalogued method without one is told as such.
     """
@@ -156,6 +199,8 @@ def find_treatment(name: Any) -> Treatment:
     known = registered()
     if name in known:
         return known[name]
+    if "+" in name:
+        return Combined(tuple(find_treatment(part.strip()) for part in name.split("+")))
     try:
         from gradwise.catalog import find
 

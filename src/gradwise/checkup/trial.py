@@ -22,7 +22,7 @@ from gradwise.checkup.examine import Facts, examine
 from gradwise.checkup.reading import Checkup
 from gradwise.checkup.run import evaluate, metric_name, metric_of
 from gradwise.checkup.subject import Subject, require_subject
-from gradwise.checkup.treatment import Plan, Treatment, carry_out, find_treatment, make_plan
+from gradwise.checkup.treatment import Plan, Treatment, carry_out, find_treatment, fit_treatment, make_plan
 from gradwise.checkup.treatments.regularization import SAMTreatment
 from gradwise.training.loop import State
 from gradwise.trials import Arm, Control, Difference, Equal, Expectation, Match, Run, Trial
@@ -64,8 +64,8 @@ def treatment_trial(
         raise ValueError("a trial needs at least one treatment, for example with_=['gam'].")
     chosen = {t.id: t for t in map(find_treatment, names)}
     facts = examine(subject)
-    fitted = {name: _fitted(t, subject, checkup) for name, t in chosen.items()}
-    rivals = [SAMTreatment()] if competitor and any(n in FLAT for n in chosen) and "sam" not in chosen else []
+    fitted = {name: fit_treatment(t, subject, checkup) for name, t in chosen.items()}
+    rivals = [SAMTreatment()] if competitor and set(chosen) & set(FLAT) - {"sam"} and "sam" not in chosen else []
     score = f"valid {metric_name(subject, facts)}"
     early = min(facts.steps_per_epoch or 10, 50)
 
@@ -98,7 +98,7 @@ def treatment_trial(
                 Control(Equal(control, "plain", EARLY, label=f"{name} at strength 0 is the plain run"), "equal")
             )
     return Trial(
-        id=f"checkup/{_slug(subject.name)}.{'+'.join(chosen)}",
+        id=f"checkup/{_slug(subject.name)}.{'.'.join(map(_slug, chosen))}",
         title=f"{', '.join(chosen)} on {subject.name}",
         statement=f"Training {subject.name} with {' or '.join(chosen)} gives a better {score} than training as it is.",
         arms=tuple(arms),
@@ -207,14 +207,9 @@ def _expected(arm: str, treatment: str, score: str, mine: bool) -> list[Expectat
         Difference(arm, "plain", score, role=judged),
         Difference(arm, "plain", "valid loss", higher_is_better=False, role="reported"),
     ]
-    if treatment in FLAT:
+    if set(treatment.split("+")) & set(FLAT):
         found.append(Difference(arm, "plain", "sharpness", higher_is_better=False, role="mechanism"))
     return found
-
-
-def _fitted(treatment: Treatment, subject: Subject, checkup: Checkup | None) -> Treatment:
-    fit_to: Any = getattr(treatment, "fitted", None)
-    return treatment if fit_to is None else fit_to(subject, checkup)
 
 
 def _note(treatment: Treatment) -> str:

@@ -12,6 +12,8 @@ from jaxtyping import Float
 import torch
 from torch import Tensor
 
+from gradwise.base.random import generator_from
+
 
 @runtime_checkable
 class Operator(Protocol):
@@ -89,9 +91,9 @@ def from_dense(A: Float[Tensor, "m n"]) -> Operator:
 def adjoint_gap(op: Operator, n: int = 8, generator: torch.Generator | None = None) -> float:
     """Largest relative gap |<A x, y> - <x, A' y>| / (|A x| |y|) over ``n`` random pairs; 0 for a true transpose."""
     gap = 0.0
+    generator = generator_from(0 if generator is None else generator, op.device)
     for _ in range(n):
-        x = _normal(op.shape[1], op, generator)
-        y = _normal(op.shape[0], op, generator)
+        x, y = gaussian_vector(op, generator), gaussian_vector(op, generator, side=0)
         image = op.matvec(x)
         difference = torch.dot(image.double(), y.double()) - torch.dot(x.double(), op.rmatvec(y).double())
         scale = image.double().norm() * y.double().norm()
@@ -112,5 +114,11 @@ def square_size(op: Any) -> int:
     return rows
 
 
-def _normal(n: int, op: Operator, generator: torch.Generator | None) -> Float[Tensor, " n"]:
-    return torch.randn(n, generator=generator, dtype=op.dtype, device=op.device)
+def gaussian_vector(op: Operator, generator: Any = None, *, side: int = 1) -> Float[Tensor, " n"]:
+    """A standard normal vector that ``op`` (``side=0``: its transpose) can be applied to.
+
+    ``generator=None`` draws from seed 0: iterations that start from it are repeatable. A generator of another device
+    seeds a stream on the operator's.
+    """
+    generator = generator_from(0 if generator is None else generator, op.device)
+    return torch.randn(op.shape[side], generator=generator, dtype=op.dtype, device=op.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gradwise.base.checks import require_choice, require_count
+from gradwise.base.random import generator_from
 from gradwise.base.results import Estimate
 from gradwise.linalg.operators import square_size
 
@@ -77,7 +78,7 @@ def _given_or_drawn(
         if given.ndim != 2 or given.shape[1] != size or not len(given):
             raise ValueError(f"probes must have shape [k, {size}] with k >= 1, got {list(given.shape)}.")
         return given.to(op.dtype)
-    generator = generator or torch.Generator(op.device).manual_seed(0)
+    generator = generator_from(0 if generator is None else generator, op.device)
     return probes(torch.empty(size, dtype=op.dtype, device=op.device), n, "rademacher", generator)
 
 

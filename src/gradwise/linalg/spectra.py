@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gradwise.base.checks import require_choice, require_count, require_floating, require_positive
-from gradwise.linalg.operators import Operator, square_size
+from gradwise.base.random import generator_from
+from gradwise.linalg.operators import Operator, gaussian_vector, square_size
 
 BREAKDOWN = 1e-10  # a Lanczos coefficient below this share of the largest one means that an invariant subspace is full
 
@@ -81,6 +82,7 @@ def lanczos(
     if k > n:
         raise ValueError(f"k must not exceed the dimension, got k={k} for an operator of size {n}.")
     limit = min(n, require_count("n_iter", n_iter, k) if n_iter is not None else max(2 * k + 20, 30))
+    generator = generator_from(0 if generator is None else generator, op.device)
     basis = torch.empty(limit, n, dtype=op.dtype, device=op.device)
     alpha: list[float] = []
     beta: list[float] = []
@@ -212,7 +214,7 @@ def _orthogonalise(w: Float[Tensor, " n"], basis: Float[Tensor, "m n"]) -> Float
 
 
 def _fresh(op: Operator, basis: Float[Tensor, "m n"], generator: torch.Generator | None) -> Float[Tensor, " n"]:
-    v = torch.randn(basis.shape[1], generator=generator, dtype=op.dtype, device=op.device)
+    v = gaussian_vector(op, generator)
     v = _orthogonalise(v, basis)
     return v / v.norm()
 
@@ -221,8 +223,7 @@ def _start(
     op: Operator, n: int, v0: Float[Tensor, " n"] | None, generator: torch.Generator | None
 ) -> Float[Tensor, " n"]:
     if v0 is None:
-        generator = generator or torch.Generator(op.device).manual_seed(0)
-        v0 = torch.randn(n, generator=generator, dtype=op.dtype, device=op.device)
+        v0 = gaussian_vector(op, generator)
     norm = float(v0.double().norm())
     if not norm > 0 or v0.shape != (n,):
         raise ValueError(f"v0 must be a non-zero vector of length {n}, got shape {list(v0.shape)} and norm {norm}.")

@@ -22,6 +22,7 @@ MOST_POINTS = 4000
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (8, 2)), (0, (3, 3)))
 ROW_WIDTH, LINE, ROW = 54, 0.17, 0.48  # of a row of intervals: characters, inches per text line, inches below
 MARKERS = ("o", "s", "^", "D", "v", "P")
+BACKED: dict[str, Any] = {"facecolor": stand_in("paper"), "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
 SIGNED = LinearSegmentedColormap.from_list("gw-signed", ["#1d5f9e", "#a9c6e3", "#f7f7f7", "#f3c39a", "#c05a00"])
 
 
@@ -165,7 +166,7 @@ def _intervals(canvas: Canvas, figure: Figure) -> str:
             "fontsize": 10.5,
             "annotation_clip": False,
         }
-        axes.annotate(_wrap(label, ROW_WIDTH), (0, top), **where)
+        axes.annotate(_wrap(label, ROW_WIDTH), (0, top), bbox=BACKED, **where)
         position[label] = top + LINE * lines + 0.13
         top = position[label] + ROW - 0.13
     with_interval = [s for s in figure.series if s.low is not None and s.high is not None]
@@ -221,8 +222,8 @@ def _heatmap(canvas: Canvas, figure: Figure) -> str:
         axes.set_yticks(range(values.shape[0]), [_wrap(c, 16) for c in figure.captions])
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.set_xlabel(figure.x_label)
-    axes.set_ylabel(figure.y_label)
+    axes.set_xlabel(_wrap(figure.x_label, 54))
+    axes.set_ylabel(_wrap(figure.y_label, 22))
     return ""
 
 
@@ -262,8 +263,8 @@ def _colours(values: Array, sequential: str) -> tuple[Any, float, float]:
 def _finish(axes: Axes, figure: Figure, *, swap: bool = False, default_y: str = "") -> None:
     """Labels, marks and scales that all kinds with axes share; ``swap`` where values run along x."""
     x_label, y_label = figure.x_label, figure.y_label or default_y
-    axes.set_xlabel(y_label if swap else x_label)
-    axes.set_ylabel(x_label if swap else y_label)
+    axes.set_xlabel(_wrap(y_label if swap else x_label, 54))
+    axes.set_ylabel(_wrap(x_label if swap else y_label, 22))
     log_x, log_y = (figure.log_y, figure.log_x) if swap else (figure.log_x, figure.log_y)
     for wanted, scale, axis in ((log_x, axes.set_xscale, axes.xaxis), (log_y, axes.set_yscale, axes.yaxis)):
         if wanted:
@@ -279,7 +280,7 @@ def _finish(axes: Axes, figure: Figure, *, swap: bool = False, default_y: str = 
         if not math.isfinite(value) or ((log_y if along == "y" else log_x) and value <= 0):
             continue
         style: dict[str, Any] = {"color": stand_in("mark"), "linewidth": 1.2, "linestyle": (0, (4, 2)), "zorder": 1.5}
-        text: dict[str, Any] = {"color": stand_in("mark"), "fontsize": 10, "annotation_clip": False}
+        text: dict[str, Any] = {"color": stand_in("mark"), "fontsize": 10, "annotation_clip": False, "bbox": BACKED}
         if along == "y":
             axes.axhline(value, **style)
             axes.annotate(
@@ -373,8 +374,10 @@ def _legend_height(figure: Figure) -> float:
 
 
 def _legend_columns(figure: Figure) -> int:
-    longest = max((len(series.name) for series in figure.series), default=0)
-    return 3 if longest <= 12 else 2 if longest <= 24 else 1
+    lengths = [len(series.name) for series in figure.series]
+    if sum(lengths) + 7 * len(lengths) <= 58:
+        return max(len(lengths), 1)
+    return 3 if max(lengths) <= 12 else 2 if max(lengths) <= 24 else 1
 
 
 def _plot_height(figure: Figure) -> float:

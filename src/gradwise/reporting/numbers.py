@@ -72,6 +72,15 @@ def estimate(value: Any, low: Any, high: Any, *, sign: bool = False) -> tuple[st
     return plus + fixed(value), f"{fixed(low)} to {fixed(high)}"
 
 
+def percent(share: float) -> str:
+    """A share in per cent, kept on one line.
+
+    >>> percent(0.95)
+    '95\u202f%'
+    """
+    return f"{number(100 * share)}{THIN}%"
+
+
 def interval(low: Any, high: Any, digits: int = 3) -> str:
     """``low to high``; a dash when either end is missing."""
     return "–" if low is None or high is None else f"{number(low, digits)} to {number(high, digits)}"
@@ -86,7 +95,7 @@ def seconds(value: Any) -> str:
     if value is None or not isinstance(value, int | float) or not math.isfinite(value):
         return number(value)
     if value < 1:
-        return f"{value * 1000:.0f} ms"
+        return f"{value * 1000:.0f} ms" if value >= 0.001 else "under 1 ms"
     if value < 60:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
     minutes, rest = divmod(round(value), 60)

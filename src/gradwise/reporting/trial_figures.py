@@ -5,13 +5,13 @@ import math
 from typing import Any
 
 from gradwise.base.figures import Figure, Series
-from gradwise.reporting.numbers import number
-from gradwise.reporting.words import effect
+from gradwise.reporting.numbers import number, percent
+from gradwise.reporting.words import capital, effect
 from gradwise.trials.intervals import t_interval
 
 DIFFERENCES = ("Difference", "NonInferior", "Equivalent")
 PROGRESS = ("epoch", "epochs", "step", "steps", "gradients", "iteration", "iterations", "calls")
-MOST_ROWS, MOST_CURVES = 9, 4
+MOST_ROWS, MOST_LINES, MOST_TRACES = 9, 4, 3
 
 
 def interval_figures(trial: Mapping[str, Any]) -> Iterator[Figure]:
@@ -63,39 +63,59 @@ def _intervals(members: Sequence[Mapping[str, Any]], form: str, unit: str, level
 
 
 def curve_figures(trial: Mapping[str, Any]) -> Iterator[Figure]:
-    """Learning curves of all arms: mean over seeds with its interval as a band, one picture per trace and setting."""
-    runs = [run for run in trial.get("runs", ()) if run.get("status", "ok") == "ok"]
+    """Learning curves: mean over seeds with its interval as a band, for every trace and setting.
+
+    With many arms each method gets a picture of its own, beside the baseline and its own variants (``gam``, ``gam
+    (equal cost)``); arms that serve as controls are left out.
+    """
+    left_out = {arm.get("name") for arm in trial.get("arms", ()) if arm.get("role") == "control"}
+    runs = [r for r in trial.get("runs", ()) if r.get("status", "ok") == "ok" and r.get("arm") not in left_out]
     level = float(trial.get("level", 0.95))
-    names = dict.fromkeys(name for run in runs for name in run.get("traces", {}))
-    made = 0
-    for setting in dict.fromkeys(run.get("setting", "main") for run in runs):
-        for name in names:
-            if name in PROGRESS or made == MOST_CURVES:
-                continue
-            here = [run for run in runs if run.get("setting", "main") == setting]
-            figure = _curves(name, setting, here, level, len(trial.get("settings", ())) > 1)
-            if figure is not None:
-                made += 1
-                yield figure
+    several = len(trial.get("settings", ())) > 1
+    names = [n for n in dict.fromkeys(name for run in runs for name in run.get("traces", {})) if n not in PROGRESS]
+    for name in names[:MOST_TRACES]:
+        for setting in dict.fromkeys(run.get("setting", "main") for run in runs):
+            here = [r for r in runs if r.get("setting", "main") == setting and len(r["traces"].get(name, ())) > 2]
+            arms = list(dict.fromkeys(run["arm"] for run in here))
+            for title, panel in _panels(arms, trial.get("arms", ())):
+                where = [title] if title else []
+                where += [setting] if several else []
+                yield _curves(name, where, [run for run in here if run["arm"] in panel], level)
 
 
-def _curves(name: str, setting: str, runs: Sequence[Mapping[str, Any]], level: float, several: bool) -> Figure | None:
-    told = [run for run in runs if len(run.get("traces", {}).get(name, ())) > 2]
-    axis = next((p for p in PROGRESS if told and all(len(run["traces"].get(p, ())) > 2 for run in told)), "")
+def _panels(arms: Sequence[str], known: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Which arms share a picture: all of up to four, else the baseline with one method and its variants at a time."""
+    if len(arms) <= MOST_LINES:
+        return [("", list(arms))] if arms else []
+    plain = next((str(arm["name"]) for arm in known if arm.get("role") == "baseline" and arm.get("name") in arms), None)
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        if arm != plain:
+            owner = next((name for name in groups if arm.startswith(f"{name} (")), arm)
+            groups.setdefault(owner, []).append(arm)
+    return [(owner, ([plain] if plain else []) + members) for owner, members in groups.items()]
+
+
+def _curves(name: str, where: Sequence[str], runs: Sequence[Mapping[str, Any]], level: float) -> Figure:
+    axis = next((p for p in PROGRESS if all(len(run["traces"].get(p, ())) > 2 for run in runs)), "")
     series = []
-    for arm in dict.fromkeys(run["arm"] for run in told):
-        traces = [run["traces"] for run in told if run["arm"] == arm]
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        traces = [run["traces"] for run in runs if run["arm"] == arm]
         length = min(len(trace[key]) for trace in traces for key in (name, axis) if key)
         x = tuple(float(v) for v in (traces[0][axis] if axis else range(1, length + 1))[:length])
         stats = [_interval([trace[name][i] for trace in traces], level) for i in range(length)]
         mean, low, high = (tuple(values) for values in zip(*stats, strict=True))
         series.append(Series(arm, x, mean, low, high) if len(traces) > 1 else Series(arm, x, mean))
-    if not series:
-        return None
     ends = "; ".join(f"{s.name} ends at {number(s.y[-1])}" for s in series)
-    where = f" ({setting})" if several else ""
-    band = f"The band is the {number(100 * level)} % interval of the mean over seeds. "
-    return Figure("lines", f"{name}{where}", f"{band}{ends}.", tuple(series), axis or "point of the trace", name)
+    title = ": ".join([capital(name), ", ".join(where)]) if where else capital(name)
+    return Figure(
+        kind="lines",
+        title=title,
+        alt=f"The band is the {percent(level)} interval of the mean over seeds. {ends}.",
+        series=tuple(series),
+        x_label=axis or "point of the trace",
+        y_label=name.removeprefix("course of the ").removeprefix("curve of "),
+    )
 
 
 def _interval(values: Sequence[float | None], level: float) -> tuple[float, float, float]:

@@ -23,6 +23,15 @@ from gradwise.reporting.trial_figures import curve_figures, interval_figures
 HOUSE = "a remedy of the house, no paper of the catalogue"
 
 
+WORK = {
+    "gradient": "gradients",
+    "forward": "forward passes",
+    "hvp": "curvature products",
+    "jvp": "directional derivatives",
+    "per_sample": "per-example gradients",
+}
+
+
 @dataclass(frozen=True)
 class Badge:
     """A severity or verdict: told by its word, its mark and its colour together."""
@@ -173,7 +182,7 @@ def _reading(place: int, finding: Mapping[str, Any], album: Album) -> ReadingVie
         source = find(source).reference if source else ""
     effort = [numbers.seconds(finding["seconds"])] if finding.get("seconds") is not None else []
     effort += [
-        f"{numbers.number(amount)} {kind.replace('_', ' ')}{'' if amount == 1 else 's'}"
+        f"{numbers.number(amount)} {WORK.get(kind, kind.replace('_', ' '))}"
         for kind, amount in (finding.get("cost") or {}).items()
         if isinstance(amount, int | float) and amount
     ]
@@ -293,7 +302,7 @@ def _costs(trial: Mapping[str, Any]) -> Costs:
         texts = [wanted[name][1](row.get(name)) for name in shown]
         reference = plain_cost.get(row.get("setting"))
         if "gradients" in shown and reference and row.get("gradients") and row.get("arm") != baseline:
-            texts[shown.index("gradients")] += f" ({numbers.number(row['gradients'] / reference, 2)} ×)"
+            texts[shown.index("gradients")] += f" ({numbers.short(row['gradients'] / reference, 2)} ×)"
         cells.append([str(row.get("arm", "")), *([str(row.get("setting", ""))] if several else []), *texts])
     return Costs([*heads, *(wanted[name][0] for name in shown)], cells if shown else [], len(heads))
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gradwise.reporting.numbers import estimate, number
+from gradwise.reporting.numbers import estimate, number, percent
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
@@ -18,12 +18,13 @@ OVERALL = {
 
 
 # What is said of a method, by its verdict at equal steps and at equal cost (None: it costs nothing more).
-PHRASES = {
+PHRASES: dict[tuple[str | None, str | None], str] = {
     ("holds", "holds"): "helped, also at equal cost",
     ("holds", None): "helped",
     ("holds", "not settled"): "helped at equal steps; at equal cost these seeds do not tell",
     ("holds", "fails"): "helped at equal steps, not at equal cost",
     ("fails", None): "did not help",
+    ("not settled", "fails"): "showed no clear effect at equal steps and did worse at equal cost",
     ("not settled", None): "cannot be told from no effect with these seeds",
 }
 
@@ -118,7 +119,7 @@ def effect(judgement: Mapping[str, Any], level: float = 0.95) -> str:
     """An estimate with its interval and number of seeds, such as ``+0.012 accuracy (95 % interval 0.004 to 0.02)``."""
     value, between = estimate(*(judgement.get(k) for k in ("estimate", "low", "high")), sign=is_difference(judgement))
     text = f"{value} {unit(judgement)}".strip()
-    return f"{text} ({number(level * 100)} % interval {between})" if between != "–" else text
+    return f"{text} ({percent(level)} interval {between})" if between != "–" else text
 
 
 def is_difference(judgement: Mapping[str, Any]) -> bool:
@@ -140,7 +141,7 @@ def sureness(trials: Sequence[Mapping[str, Any]]) -> str:
     levels = sorted({float(trial.get("level", 0.95)) for trial in trials})
     return sentence(
         f"every comparison is paired by seed ({' or '.join(map(str, seeds))} seeds) with "
-        f"{join([number(level * 100) + ' %' for level in levels])} Student t intervals; “holds” means that the whole "
+        f"{join([percent(level) for level in levels])} Student t intervals; “holds” means that the whole "
         "interval lies beyond the stated margin"
     )
 

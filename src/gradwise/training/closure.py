@@ -89,6 +89,8 @@ class Objective:
         if parameter is None:
             return batch
         device = parameter.device
+        if type(batch) in (tuple, list) and all(isinstance(t, Tensor) and t.device == device for t in batch):
+            return batch  # the usual case, without walking a nest on every evaluation
         return pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) and t.device != device else t, batch)
 
 

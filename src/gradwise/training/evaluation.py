@@ -109,7 +109,8 @@ class Evaluations:
         The tensors are new, dense and share no memory, so they may be changed in place.
 
         Raises ``RuntimeError`` for a closure that called backward and for sparse gradients (by name), ``TypeError`` for
-        a loss without a graph, ``ValueError`` for a loss that is not a scalar.
+        a loss without a graph, ``ValueError`` for a loss that is not a scalar. ``RuntimeError`` also when no parameter
+        receives a gradient.
         """
         closure = as_closure(closure)
         synced = self._replicas and self.sync == "all"
@@ -297,6 +298,11 @@ class Evaluations:
         if self._done == 0:
             self.active = [p for p, g in zip(self._trainable, found, strict=True) if g is not None]
             found = [g for g in found if g is not None]
+            if not self.active:
+                raise RuntimeError(
+                    "none of the optimiser's parameters received a gradient: the loss does not depend on them "
+                    "(parameters sharded by FSDP are not supported; use DistributedDataParallel)."
+                )
             self.loss = self.last_loss
         gradient = [g if g is not None else torch.zeros_like(p) for p, g in zip(self.active, found, strict=True)]
         for p, g in zip(self.active, gradient, strict=True):

@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import gc
+import logging
 import os
 from pathlib import Path
 import pickle
@@ -161,7 +162,7 @@ def _join_parent(parent: int) -> None:
     """Leave Ctrl-C to the parent, which ends its workers; end with it if it is killed."""
     gc.freeze()  # the libraries stay; without them a collection before each run is quick
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _ignore_interrupts()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -169,6 +170,10 @@ def _join_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="gradwise-parent-watch").start()
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # On a Dask cluster ----------------------------------------------------------------------------------------------------
@@ -199,10 +204,13 @@ class Dask:
                     n_workers=joblib.cpu_count() if self.n_jobs is None else self.n_jobs,
                     threads_per_worker=1,
                     dashboard_address=None,
+                    silence_logs=logging.ERROR,
                 )
                 self._stack.callback(place.close, timeout=5)
             self._client = distributed.Client(place, timeout=CONNECT_SECONDS)
             self._stack.callback(self._client.close, timeout=5)
+            if self.address is None:
+                self._client.run(_ignore_interrupts)
         except (OSError, ValueError) as error:
             self._stack.close()
             raise EngineError(f"the Dask scheduler at {self.address} cannot be reached: {error}.") from error

@@ -102,8 +102,8 @@ class Conflict:
                 cosines.append(conflict_report(inner_products(grads=gradients)).cosine)
         value = statistics.fmean(excess) / max(spreads)
         severity = severity_above(value, DOMAIN_WATCH, DOMAIN_ACT)
-        cosine = torch.stack(cosines).mean(0)
-        report = conflict_report(cosine.nan_to_num(0) + torch.eye(len(cosine)))
+        cosine = torch.stack(cosines).mean(0).cpu()
+        report = conflict_report(cosine.nan_to_num(0).fill_diagonal_(1.0))
         a, b = (int(names[i]) for i in report.worst_pairs[0])
         if severity == "ok":
             meaning = (
