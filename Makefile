@@ -34,8 +34,7 @@ suite: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --cov --cov-report=term:skip-covered
 
 docs: $(VENV)/.dev
-	$(BIN)/python docs/build.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "gradwise needs Python 3.11 or newer; none was found on PATH (set PYTHON=/path/to/python)."; exit 1; }

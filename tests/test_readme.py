@@ -2,6 +2,7 @@
 
 from pathlib import Path
 import re
+import runpy
 
 import pytest
 
@@ -17,3 +18,8 @@ def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     for number, block in enumerate(blocks):
         exec(compile(block, f"README block {number}", "exec"), namespace)
     assert "paired" in capsys.readouterr().out or namespace["result"] is not None
+
+
+def test_the_table_of_claims_is_that_of_the_published_results():
+    made = runpy.run_path(str(README.parent / "docs" / "claims_table.py"))
+    assert README.read_text() == made["renewed"](README.read_text()), "run: python docs/claims_table.py --write"
