@@ -1,6 +1,7 @@
 """Time of one step: gradient regularisation and GAM against plain SGD and against other code.
 
-Steps of all arms are interleaved, one thread, medians over rounds; ratios are to the plain SGD step of the same round.
+Steps of all arms are interleaved, one thread, CPU time, medians over rounds; ratios are to the plain SGD step of the
+same round.
 Limits: two gradients for F-GR and SAM, three for double backpropagation, four for GAM.
 
     python benchmarks/regularization_steps.py [--rounds 40] [--json]
@@ -165,9 +166,9 @@ def measure(network: Callable[[], tuple[nn.Module, torch.Tensor]], rounds: int) 
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            spent[name].append(time.perf_counter() - start)
+            spent[name].append(time.process_time() - start)
     rows = []
     for name, (_, limit) in ARMS.items():
         ratio = statistics.median(a / b for a, b in zip(spent[name], spent["SGD"], strict=True))
@@ -187,7 +188,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"torch": torch.__version__, "threads": 1, "rows": rows}, indent=1))
         return
-    print(f"torch {torch.__version__}, one thread, medians of {options.rounds} interleaved rounds")
+    print(f"torch {torch.__version__}, one thread, CPU time, medians of {options.rounds} interleaved rounds")
     for row in rows:
         print(
             f"{row['network']:5} {row['arm']:28} {row['ms']:9.3f} ms {row['ratio']:6.2f} x (limit {row['limit']:.0f})"

@@ -74,6 +74,15 @@ def test_a_planned_paper_says_that_it_has_no_claim():
         api.compare("optim")
 
 
+def test_a_comparison_is_found_by_its_key():
+    from gradwise import claims
+
+    for family in claims.families():
+        assert api.claim_of(f"{family}/compare").id == claims.comparison(family).id
+    with pytest.raises(KeyError):
+        api.claim_of("nothing/compare")
+
+
 def test_trial_needs_a_treatment():
     with pytest.raises(ValueError, match="at least one treatment"):
         api.trial("digits", [])

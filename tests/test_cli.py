@@ -191,9 +191,12 @@ def test_json_is_the_only_thing_on_standard_output(capsys, finished, tmp_path):
 
 def test_the_report_s_path_is_printed_last(capsys, monkeypatch, result, tmp_path):
     monkeypatch.setattr(api, "diagnose", lambda subject, **_: FakeCheckup())
-    monkeypatch.setattr(api, "trial", lambda subject, with_, **_: result)
+    seen = {}
+    monkeypatch.setattr(api, "trial", lambda subject, with_, **more: seen.update(with_=with_, **more) or result)
     path = tmp_path / "report.html"
     assert run("diagnose", "digits", "--with-trial", "--report", path) == 0
+    assert seen["with_"] == ["gam"]
+    assert isinstance(seen["checkup"], FakeCheckup), "treatments may take their strength from the check-up"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "the readings"
     assert lines[-1] == str(path)
@@ -246,11 +249,12 @@ def test_an_unwritable_report_is_found_before_the_work(capsys, monkeypatch, tmp_
         monkeypatch.setattr(api, verb, must_not_run)
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file" / "r.html", tmp_path):
-        assert run("diagnose", "digits", "--report", path) == 1
-        assert run("reproduce", "gam", "--report", path) == 1
-        err = capsys.readouterr().err
-        assert f"cannot write {path}" in err
-        assert "choose another path" in err
+        for command in (("diagnose", "digits"), ("reproduce", "gam")):
+            assert run(*command, "--report", path) == 1
+            err = capsys.readouterr().err
+            assert f"cannot write {path}" in err
+            assert "choose another path" in err
+            assert "the work was started" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -127,12 +127,18 @@ def compare(
 
 
 def claim_of(id: str) -> "Trial":
-    """The executable claim of a paper, without running it; raises as :func:`reproduce` does."""
+    """The executable claim of a paper (or the comparison ``"family/compare"``), without running it.
+
+    Raises as :func:`reproduce` does.
+    """
     import importlib
 
     from gradwise import claims
     from gradwise.catalog import find, resolves
 
+    family, _, last = id.rpartition("/")
+    if family in claims.families() and last == claims.COMPARISON:
+        return claims.comparison(family)
     record = find(id)
     if record.key in claims.ids():
         return claims.load(record.key)

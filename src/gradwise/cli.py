@@ -66,6 +66,9 @@ Subject = Annotated[
     ),
 ]
 PaperId = Annotated[str, typer.Argument(metavar="ID", help="A paper's id, such as idgi.", show_default=False)]
+ExportId = Annotated[
+    str, typer.Argument(metavar="ID", help="A paper's id, or FAMILY/compare for a comparison.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of text.")]
 ReportPath = Annotated[
     Path | None,
@@ -306,7 +309,7 @@ def report(
 
 @app.command(epilog=EPILOG)
 def export(
-    paper: PaperId,
+    paper: ExportId,
     to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="Folder that holds FAMILY/ID.json.")] = Path(
         "results"
     ),

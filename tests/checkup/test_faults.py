@@ -3,7 +3,7 @@ import pytest
 from gradwise.checkup import READINGS, diagnose
 from gradwise.checkup.faults import FAULTS, HEALTHY
 
-FOUND = [name for name in FAULTS if name not in ("faint_shortcut", "few_noisy_labels", "confused_pairs")]
+FOUND = ("diverging_step", "shortcut", "conflicting_domains", "imbalance", "redundancy")  # the others: test_diagnose
 
 
 @pytest.mark.parametrize("name", FOUND)

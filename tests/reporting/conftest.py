@@ -123,7 +123,7 @@ def result(figures):
         return run
 
     trial = Trial(
-        id="digits/treatments",
+        id="checkup/digits",
         title="Treatments of digits",
         statement="Each treatment raises validation accuracy.",
         arms=(

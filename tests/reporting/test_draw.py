@@ -128,6 +128,28 @@ def test_many_points_are_thinned_and_it_is_said():
     assert len(svg) < 600_000
 
 
+@pytest.mark.parametrize(
+    ("figure", "note"),
+    [
+        (Figure("lines", "t", "a", (Series("s", (), tuple(map(float, range(9000)))),)), "One point in 6 is shown."),
+        (Figure("bars", "t", "a", (Series("s", tuple(map(str, range(100))), (1.0,) * 100),)), "first 40 of 100 rows"),
+        (
+            Figure(
+                "intervals", "t", "a", (Series("s", tuple(map(str, range(50))), (1.0,) * 50, (0.0,) * 50, (2.0,) * 50),)
+            ),
+            "first 40 of 50 rows",
+        ),
+        (Figure("images", "t", "a", values=[[[0.0, 1.0]]] * 40), "first 36 of 40 pictures"),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_what_has_no_room_is_left_away_and_it_is_said(figure, note):
+    svg = draw(figure)
+    assert note in svg
+    height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg).group(1))
+    assert height < 2500
+
+
 def test_global_settings_of_matplotlib_are_left_alone(figures):
     import matplotlib
 

@@ -1,7 +1,7 @@
 import pytest
 
 from gradwise.reporting import words
-from gradwise.reporting.view import badge
+from gradwise.reporting.view import Album, badge, trial_view
 
 
 def findings(**counts):
@@ -32,7 +32,7 @@ def test_what_was_found(counts, text):
 
 
 def test_what_helped(trial):
-    assert words.helped(trial) == "gam helped, also at equal cost; useful did not help."
+    assert words.outcome(trial) == "gam helped, also at equal cost; useful did not help."
 
 
 @pytest.mark.parametrize(
@@ -45,23 +45,39 @@ def test_what_helped(trial):
     ],
 )
 def test_a_method_is_credited_only_with_what_it_did(trial, steps, cost, text):
-    for judgement in trial["verdict"]["judgements"]:
-        label = judgement["label"]
-        judgement["verdict"] = cost if "equal cost" in label else steps if label.startswith("gam") else "reported"
-    assert words.helped(trial).startswith(text)
+    verdict = trial["verdict"]
+    verdict["judgements"] = [j for j in verdict["judgements"] if j["label"].startswith("gam")]
+    for judgement in verdict["judgements"]:
+        judgement["verdict"] = cost if "equal cost" in judgement["label"] else steps
+    assert words.outcome(trial).startswith(text)
 
 
 @pytest.mark.parametrize("overall", list(words.OVERALL))
-def test_one_method_or_no_credibility_gives_the_overall_sentence(trial, overall):
+def test_a_claim_is_told_by_its_verdict_and_a_tally(trial, overall):
+    trial["id"] = "attribution/idgi"
     trial["verdict"]["overall"] = overall
+    assert words.outcome(trial) == f"{words.OVERALL[overall]} Of three expectations, two hold and one fails."
     trial["verdict"]["judgements"] = trial["verdict"]["judgements"][:1]
-    assert words.helped(trial) == words.OVERALL[overall]
+    assert words.outcome(trial) == words.OVERALL[overall]
+
+
+def test_a_method_that_fails_one_of_its_own_expectations_has_not_helped(trial):
+    judgements = trial["verdict"]["judgements"]
+    judgements.append({**judgements[0], "label": "gam above plain in another metric", "verdict": "fails"})
+    assert "gam and useful did not help" in words.outcome(trial)
+
+
+def test_several_trials(trial):
+    other = {"verdict": {"overall": "fails"}}
+    assert words.several([trial, other, other]) == "Of three trials, one holds in part and two fail."
+    assert words.several([other, other]) == "Both trials fail."
+    assert words.several([{}, other]) == "Of two trials, one is not judged and one fails."
 
 
 def test_a_result_that_is_not_credible_helps_nobody(trial):
     trial["verdict"]["overall"] = "not credible"
-    assert "not credible" in words.helped(trial)
-    assert "gam helped" not in words.helped(trial)
+    assert "not credible" in words.outcome(trial)
+    assert "gam helped" not in words.outcome(trial)
 
 
 def test_how_sure(trial):
@@ -86,3 +102,22 @@ def test_states_are_told_by_word_and_mark(word):
     assert found.word == word
     assert found.mark
     assert badge("holds").mark != badge("fails").mark != badge("partly").mark
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "verdict", "credible", "word"),
+    [
+        ("vanish", "Equivalent", "holds", True, "passed"),
+        ("vanish", "Equivalent", "not settled", True, "not settled"),
+        ("vanish", "Equivalent", "fails", False, "effect shows"),
+        ("vanish", "Difference", "fails", True, "passed"),
+        ("vanish", "Difference", "holds", False, "effect shows"),
+        ("harm", "Difference", "holds", True, "passed"),
+        ("equal", "Equal", "fails", False, "effect shows"),
+    ],
+)
+def test_what_a_control_showed(trial, kind, form, verdict, credible, word):
+    control = trial["verdict"]["controls"][0]
+    control.update(kind=kind, credible=credible)
+    control["judgement"].update(form=form, verdict=verdict)
+    assert trial_view(1, trial, Album()).controls[0].badge.word == word

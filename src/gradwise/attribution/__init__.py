@@ -1,4 +1,4 @@
-"""Attribution: which inputs produced this output? Every method answers ``attribute(inputs, baselines, target, ...)``."""
+"""Attribution: which inputs produced this output? Every method answers ``attribute(inputs, baselines, target)``."""
 
 import lazy_loader as _lazy
 

@@ -39,7 +39,7 @@ class Finding:
         severity: ``"ok"``, ``"watch"``, ``"act"``, ``"skipped"`` or ``"failed"``.
         meaning: what it means and what to do, in plain words; the reason for skipped and failed readings.
         prescribes: catalogue ids, or names of house remedies, that treat it.
-        figure: a picture as data. ``source``: catalogue id of the paper the measure is from.
+        figure: a picture as data. ``source``: catalogue id of the paper the measure is from, or a reference.
         cost, seconds: work and wall time of this reading alone.
         details: further numbers by name.
     """
@@ -82,7 +82,7 @@ class Reading(Protocol):
 
     @property
     def source(self) -> str:
-        """Catalogue id of the paper the measure is from."""
+        """Catalogue id of the paper the measure is from, or a reference."""
         ...
 
     def measure(self, context: "Context") -> Finding:

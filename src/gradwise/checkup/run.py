@@ -34,6 +34,7 @@ KEPT = 8
 class Checkpoint:
     """Weights and buffers after ``step`` steps (``epoch`` as a real number), and what the optimiser was set to then.
 
+    Where parameter groups differ, ``lr`` and ``momentum`` are those of the group with the largest step.
     ``curvature`` holds Adam's denominators sqrt(v) + eps by parameter name where the optimiser keeps second moments.
     """
 
@@ -219,7 +220,7 @@ class _Recorder:
         run.valid_loss.append(loss)
         run.valid_metric.append(metric_of(self.subject, outputs, targets, torch.tensor(loss)))
         if keep:
-            group = run.optimizer.param_groups[0]
+            group = max(run.optimizer.param_groups, key=lambda g: float(g.get("lr", 0.0)))
             state = {name: value.detach().clone() for name, value in self.objective.model.state_dict().items()}
             momentum = float(group.get("momentum", 0.0))
             lr = float(group["lr"]) if "lr" in group else math.nan

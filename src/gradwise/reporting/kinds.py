@@ -1,6 +1,7 @@
 """One drawing routine per kind of figure. All that a routine needs comes from the figure; nothing is measured anew."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 import math
 import textwrap
 from typing import Any
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 
 from gradwise.base.figures import Figure, Series
 from gradwise.reporting.numbers import short
-from gradwise.reporting.palette import series_role, stand_in
+from gradwise.reporting.palette import SERIES, series_role, stand_in
 
 Array = NDArray[np.float64]
-MOST_POINTS = 4000
+MOST_POINTS, MOST_STEPS, MOST_LABELS, MOST_IMAGES = 4000, 1500, 40, 36
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (8, 2)), (0, (3, 3)))
 ROW_WIDTH, LINE, ROW = 54, 0.17, 0.48  # of a row of intervals: characters, inches per text line, inches below
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -28,10 +29,36 @@ SIGNED = LinearSegmentedColormap.from_list("gw-signed", ["#1d5f9e", "#a9c6e3", "
 
 def compose(figure: Figure, width: float) -> tuple[Canvas, str]:
     """The drawn canvas and a note for the text alternative (what was thinned out or left away)."""
+    figure, left_away = _trimmed(figure)
     draw, height = DRAW[figure.kind]
     layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04, wspace=0.02, hspace=0.02)
     canvas = Canvas(figsize=(width, height(figure)), layout=layout)
-    return canvas, draw(canvas, figure)
+    return canvas, draw(canvas, figure) or left_away
+
+
+def _trimmed(figure: Figure) -> tuple[Figure, str]:
+    """The figure without what no page has room for, and a note that says so."""
+    if figure.kind == "lines" and (most := max((len(s.y) for s in figure.series), default=0)) > MOST_STEPS:
+        every = math.ceil(most / MOST_STEPS)
+        series = tuple(
+            replace(s, **{n: v[::every] for n in ("x", "y", "low", "high") if (v := getattr(s, n)) is not None})
+            for s in figure.series
+        )
+        return replace(figure, series=series), f"One point in {every} is shown."
+    labels = _labels(figure)
+    if figure.kind in ("bars", "intervals") and len(labels) > MOST_LABELS:
+        kept = set(labels[:MOST_LABELS])
+        series = tuple(_rows(s, [i for i, x in enumerate(s.x) if str(x) in kept]) for s in figure.series)
+        return replace(figure, series=series), f"The first {MOST_LABELS} of {len(labels)} rows are shown."
+    if figure.kind == "images" and len(figure.values) > MOST_IMAGES:
+        note = f"The first {MOST_IMAGES} of {len(figure.values)} pictures are shown."
+        return replace(figure, values=figure.values[:MOST_IMAGES]), note
+    return figure, ""
+
+
+def _rows(series: Series, rows: Sequence[int]) -> Series:
+    columns = {name: getattr(series, name) for name in ("x", "y", "low", "high")}
+    return replace(series, **{name: [c[i] for i in rows] for name, c in columns.items() if c is not None})
 
 
 def _lines(canvas: Canvas, figure: Figure) -> str:
@@ -48,8 +75,8 @@ def _lines(canvas: Canvas, figure: Figure) -> str:
             x,
             y,
             color=colour,
-            linestyle=DASHES[i % len(DASHES)],
-            marker=MARKERS[i % len(MARKERS)] if few else None,
+            linestyle=_dash(i),
+            marker=_marker(i) if few else None,
             markersize=4.5,
             label=_wrap(series.name, 26),
         )
@@ -72,7 +99,7 @@ def _scatter(canvas: Canvas, figure: Figure) -> str:
             x,
             y,
             linestyle="none",
-            marker=MARKERS[i % len(MARKERS)],
+            marker=_marker(i),
             markersize=3.5 if total > 200 else 5,
             markerfacecolor=stand_in(series_role(i)),
             markeredgewidth=0,
@@ -102,7 +129,7 @@ def _histogram(canvas: Canvas, figure: Figure) -> str:
         colour = stand_in(series_role(i))
         heights = np.histogram(v, edges)[0].astype(float)
         axes.stairs(heights, edges, fill=True, color=colour, alpha=0.25 if len(values) > 1 else 0.6, linewidth=0)
-        axes.stairs(heights, edges, color=colour, linewidth=1.6, linestyle=DASHES[i % 4], label=_wrap(series.name, 26))
+        axes.stairs(heights, edges, color=colour, linewidth=1.6, linestyle=_dash(i), label=_wrap(series.name, 26))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.grid(visible=False, axis="x")
     _finish(axes, figure, default_y="count")
@@ -181,7 +208,7 @@ def _intervals(canvas: Canvas, figure: Figure) -> str:
         at = np.array([position[str(x)] for x in series.x], float) + (i - (len(with_interval) - 1) / 2) * 0.12
         y, low, high = (_numbers(values) for values in (series.y, series.low, series.high))
         axes.hlines(at, low, high, color=colour, linewidth=3)
-        style = {"marker": MARKERS[i % len(MARKERS)], "markersize": 7, "color": colour}
+        style = {"marker": _marker(i), "markersize": 7, "color": colour}
         axes.plot(y, at, linestyle="none", label=_wrap(series.name, 26), **style)
     axes.set_ylim(top - 0.1, -0.06)
     axes.set_yticks([])
@@ -341,6 +368,15 @@ def _finite(values: Sequence[Any]) -> Array:
     return array[np.isfinite(array)]
 
 
+def _marker(i: int) -> str:
+    """Colours repeat after six series; markers and dashes then move on by one, so that no two series look alike."""
+    return MARKERS[(i + i // len(SERIES)) % len(MARKERS)]
+
+
+def _dash(i: int) -> Any:
+    return DASHES[(i + i // len(SERIES)) % len(DASHES)]
+
+
 def _numbers(values: Sequence[Any] | None) -> Array:
     return np.array([_real(v) for v in values or ()], float)
 
@@ -377,7 +413,7 @@ def _legend_columns(figure: Figure) -> int:
     lengths = [len(series.name) for series in figure.series]
     if sum(lengths) + 7 * len(lengths) <= 58:
         return max(len(lengths), 1)
-    return 3 if max(lengths) <= 12 else 2 if max(lengths) <= 24 else 1
+    return 3 if max(lengths) <= 12 else 2 if max(lengths) <= 27 else 1
 
 
 def _plot_height(figure: Figure) -> float:

@@ -41,7 +41,7 @@ def page(*, checkup: Any = None, trials: Sequence[Any] = (), title: str | None =
     check = None if checkup is None else view.as_dict(checkup)
     shown = [view.as_dict(trial) for trial in trials]
     album = view.Album()
-    sentences = ([words.found(check)] if check is not None else []) + [words.helped(trial) for trial in shown[:2]]
+    sentences = _sentences(check, shown)
     subject = _subject(check, shown)
     context: dict[str, Any] = {
         "title": title or f"{subject} · gradwise report",
@@ -57,6 +57,14 @@ def page(*, checkup: Any = None, trials: Sequence[Any] = (), title: str | None =
         "style": Markup(_stylesheet()),
     }
     return _environment().get_template("report.html").render(context)
+
+
+def _sentences(check: Mapping[str, Any] | None, trials: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The headline, and what else a reader should know at once."""
+    if check is not None:
+        return [words.found(check), *(words.outcome(trial) for trial in trials)]
+    told = [f"{trial.get('title') or trial.get('id')}: {words.inside(words.outcome(trial))}" for trial in trials]
+    return told if len(told) == 1 else [words.several(trials), *told]
 
 
 def write_text(path: Path, text: str) -> Path:

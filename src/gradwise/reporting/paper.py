@@ -107,7 +107,7 @@ def _measured(record: Record) -> Iterable[str]:
 
 def _pictures(pictures: Sequence[Picture]) -> Iterable[str]:
     for picture in pictures:
-        yield f'<figure markdown="0">\n{picture.svg}\n<figcaption>{_text(picture.title)}</figcaption>\n</figure>'
+        yield f"<figure>\n{picture.svg}\n<figcaption>{_text(picture.title)}</figcaption>\n</figure>"
 
 
 def _table(caption: str, rows: Sequence[Row], several: bool, role: str) -> str:
@@ -119,7 +119,7 @@ def _table(caption: str, rows: Sequence[Row], several: bool, role: str) -> str:
             row.label + (f" ({row.remark})" if row.remark else ""),
             *([row.setting] if several else []),
             f"{row.badge.mark} {row.badge.word}",
-            row.estimate,
+            f"{row.estimate} {row.unit}".strip(),
             row.interval,
             row.role,
         ]

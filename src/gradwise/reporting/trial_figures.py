@@ -11,11 +11,14 @@ from gradwise.trials.intervals import t_interval
 
 DIFFERENCES = ("Difference", "NonInferior", "Equivalent")
 PROGRESS = ("epoch", "epochs", "step", "steps", "gradients", "iteration", "iterations", "calls")
-MOST_ROWS, MOST_LINES, MOST_TRACES = 9, 4, 3
+MOST_ROWS, MOST_PICTURES, MOST_LINES, MOST_TRACES = 9, 6, 4, 3
 
 
 def interval_figures(trial: Mapping[str, Any]) -> Iterator[Figure]:
-    """One picture per unit: every judged difference (or ratio) with its interval and the single seeds behind it."""
+    """One picture per unit: judged differences (or ratios) with their intervals and the single seeds behind them.
+
+    The most telling come first, up to a number of pictures; the tables of a page hold every one.
+    """
     judgements = list(trial.get("verdict", {}).get("judgements", ()))
     judgements += [control["judgement"] for control in trial.get("verdict", {}).get("controls", ())]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -26,9 +29,19 @@ def interval_figures(trial: Mapping[str, Any]) -> Iterator[Figure]:
             groups.setdefault((form, str(judgement.get("unit", ""))), []).append(judgement)
     level = number(100 * float(trial.get("level", 0.95)))
     first = next(iter(trial.get("settings", ())), None)
-    for (form, unit), members in groups.items():
-        for start in range(0, len(members), MOST_ROWS):
-            yield _intervals(members[start : start + MOST_ROWS], form, unit, level, first)
+    ranked = sorted(groups.items(), key=lambda item: min(map(_rank, item[1])))
+    pages = [
+        (sorted(members, key=_rank)[start : start + MOST_ROWS], form, unit)
+        for (form, unit), members in ranked
+        for start in range(0, len(members), MOST_ROWS)
+    ]
+    for members, form, unit in pages[:MOST_PICTURES]:
+        yield _intervals(members, form, unit, level, first)
+
+
+def _rank(judgement: Mapping[str, Any]) -> int:
+    """What makes the verdict comes first; what is only reported comes last."""
+    return {"primary": 0, "mechanism": 1}.get(str(judgement.get("role", "primary")), 2)
 
 
 def _intervals(members: Sequence[Mapping[str, Any]], form: str, unit: str, level: str, first: Any) -> Figure:
@@ -55,7 +68,7 @@ def _intervals(members: Sequence[Mapping[str, Any]], form: str, unit: str, level
             ),
             Series("single seeds", tuple(s[0] for s in singles), tuple(s[1] for s in singles)),
         ),
-        y_label="ratio" if ratio else f"difference in {unit} (positive is better)",
+        y_label="ratio" if ratio else "difference (positive is better)",
         marks=marks,
         mark_axis="y",
         log_y=ratio,

@@ -90,6 +90,7 @@ class Row:
     role: str
     badge: Badge
     estimate: str
+    unit: str = ""
     interval: str = ""
     remark: str = ""
 
@@ -212,7 +213,7 @@ def trial_view(place: int, trial: Mapping[str, Any], album: Album) -> TrialView:
         anchor=f"trial-{place}",
         title=str(trial.get("title") or trial.get("id") or "Trial"),
         statement=str(trial.get("statement") or ""),
-        summary=words.helped(trial),
+        summary=words.outcome(trial),
         badge=badge(verdict.get("overall")),
         by_setting=[(str(k), badge(v)) for k, v in verdict.get("by_setting", {}).items()],
         several_settings=len(settings) > 1,
@@ -241,7 +242,8 @@ def _row(judgement: Mapping[str, Any], word: str | None = None) -> Row:
         setting=str(judgement.get("setting", "")),
         role=str(judgement.get("role", "primary")),
         badge=badge(word or judgement.get("verdict")),
-        estimate=f"{value} {words.unit(judgement)}".strip(),
+        estimate=f"{value} ×" if words.unit(judgement) == "×" else value,
+        unit="" if words.unit(judgement) == "×" else words.unit(judgement),
         interval=between,
         remark="; ".join(remark for remark in remarks if remark),
     )

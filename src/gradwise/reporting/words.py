@@ -31,8 +31,11 @@ PHRASES: dict[tuple[str | None, str | None], str] = {
 
 def count(n: int, noun: str, plural: str = "") -> str:
     """``one reading``, ``two readings``, ``13 readings``."""
-    word = COUNTS[n] if n < len(COUNTS) else str(n)
-    return f"{word} {noun if n == 1 else plural or noun + 's'}"
+    return f"{_number_word(n)} {noun if n == 1 else plural or noun + 's'}"
+
+
+def _number_word(n: int) -> str:
+    return COUNTS[n] if n < len(COUNTS) else str(n)
 
 
 def join(items: Sequence[str]) -> str:
@@ -84,28 +87,76 @@ def found(checkup: Mapping[str, Any]) -> str:
     return sentence(f"{count(len(ok), 'reading')} in the healthy range, {count(len(failed), 'reading')} failed")
 
 
-def helped(trial: Mapping[str, Any]) -> str:
-    """A trial in one sentence: which methods helped, which did not, and which cannot be told apart yet."""
+def outcome(trial: Mapping[str, Any]) -> str:
+    """A trial in a sentence or two: which treatments helped, or how many of a claim's expectations hold."""
     verdict = trial.get("verdict", {})
     overall = str(verdict.get("overall", ""))
-    arms = [str(arm["name"]) for arm in trial.get("arms", ())]
-    methods = [str(arm["name"]) for arm in trial.get("arms", ()) if arm.get("role") == "method"]
     primary = [j for j in verdict.get("judgements", ()) if j.get("role", "primary") == "primary"]
+    if is_treatment(trial) and overall != "not credible" and (text := _helped(trial, primary)):
+        return text
+    return " ".join(filter(None, [OVERALL.get(overall, sentence(overall)), _tally(primary)]))
+
+
+def is_treatment(trial: Mapping[str, Any]) -> bool:
+    """Whether a trial tests treatments of a subject, rather than the claim of a paper."""
+    return str(trial.get("id", "")).startswith("checkup/")
+
+
+def several(trials: Sequence[Mapping[str, Any]]) -> str:
+    """How several trials came out, in one sentence."""
+    found = [str(trial.get("verdict", {}).get("overall", "")) for trial in trials]
+    kinds = list(dict.fromkeys(found))
+    if len(kinds) == 1:
+        who = "both trials" if len(found) == 2 else f"all {count(len(found), 'trial')}"
+        return sentence(f"{who} {_verb(kinds[0], len(found))}")
+    parts = [f"{_number_word(found.count(v))} {_verb(v, found.count(v))}" for v in kinds]
+    return sentence(f"of {count(len(found), 'trial')}, {join(parts)}")
+
+
+def _tally(primary: Sequence[Mapping[str, Any]]) -> str:
+    """How many expectations hold, fail and are open; nothing for a single one, whose verdict says it all."""
+    verdicts = [j.get("verdict") for j in primary]
+    known = [v for v in ("holds", "fails", "not settled") if v in verdicts]
+    if len(verdicts) < 2 or not known:
+        return ""
+    parts = [f"{_number_word(verdicts.count(v))} {_verb(v, verdicts.count(v))}" for v in known]
+    return sentence(f"of {count(len(verdicts), 'expectation')}, {join(parts)}")
+
+
+def _verb(verdict: str, n: int) -> str:
+    one = n == 1
+    forms = {
+        "holds": ("holds", "hold"),
+        "partly": ("holds in part", "hold in part"),
+        "fails": ("fails", "fail"),
+        "reported": ("is only reported", "are only reported"),
+    }
+    rest = verdict or "not judged"
+    return forms.get(verdict, (f"is {rest}", f"are {rest}"))[not one]
+
+
+def _helped(trial: Mapping[str, Any], primary: Sequence[Mapping[str, Any]]) -> str:
+    arms = [str(arm["name"]) for arm in trial.get("arms", ())]
     groups: dict[str, list[str]] = {phrase: [] for phrase in PHRASES.values()}
-    for method in methods:
-        alone = _best(j for j in primary if about(j, arms) == method)
-        matched = _best(j for j in primary if about(j, arms) in {a for a in arms if a.startswith(f"{method} (")})
+    for arm in trial.get("arms", ()):
+        name = str(arm["name"])
+        if arm.get("role") != "method":
+            continue
+        alone = _summed(j for j in primary if about(j, arms) == name)
+        matched = _summed(j for j in primary if about(j, arms) in {a for a in arms if a.startswith(f"{name} (")})
         phrase = PHRASES.get((alone, matched)) or PHRASES.get((alone, None))
         if phrase is not None:
-            groups[phrase].append(method)
-    if overall == "not credible" or len(primary) < 2 or not any(groups.values()):
-        return OVERALL.get(overall, sentence(overall))
-    return "; ".join(f"{join(names)} {phrase}" for phrase, names in groups.items() if names) + "."
+            groups[phrase].append(name)
+    parts = [f"{join(names)} {phrase}" for phrase, names in groups.items() if names]
+    return "; ".join(parts) + "." if parts else ""
 
 
-def _best(judgements: Iterable[Mapping[str, Any]]) -> str | None:
+def _summed(judgements: Iterable[Mapping[str, Any]]) -> str | None:
+    """One verdict for several: it holds only when all do, and fails as soon as one does."""
     found = {j.get("verdict") for j in judgements}
-    return next((verdict for verdict in ("holds", "not settled", "fails") if verdict in found), None)
+    if not found:
+        return None
+    return "fails" if "fails" in found else "holds" if found == {"holds"} else "not settled"
 
 
 def about(judgement: Mapping[str, Any], arms: Sequence[str]) -> str | None:

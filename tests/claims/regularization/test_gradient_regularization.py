@@ -1,20 +1,11 @@
-from dataclasses import replace
-
 import pytest
 
 from gradwise.claims import load
-from gradwise.trials import run_trial
 
 
 @pytest.fixture(scope="module")
-def result():
-    """One seed, every arm at its stated values and one tuned arm."""
-    claim = load("regularization/gradient_regularization")
-    kept = [arm for arm in claim.arms if arm.tuning is None or arm.name == "flooding, tuned"]
-    names = {arm.name for arm in kept}
-    expectations = [e for e in claim.expectations if set(e.arms) <= names]
-    small = replace(claim, arms=kept, expectations=expectations)
-    return run_trial(small, scale="smoke", seeds=[0], engine="serial", ledger="sqlite://")
+def result(briefly):
+    return briefly(load("regularization/gradient_regularization"))
 
 
 def test_every_arm_runs_and_reports(result):

@@ -23,7 +23,7 @@ class LabelNoise:
 
     id: str = "label_noise"
     title: str = "suspected label noise"
-    source: str = "gradient_regularization"
+    source: str = "Pleiss et al., NeurIPS 2020 (margins); Northcutt et al., JAIR 2021 (confident learning)"
 
     def measure(self, context: Context) -> Finding:
         """Confident disagreements decide whether there is noise, negative margins how much of it."""
@@ -54,7 +54,7 @@ class LabelNoise:
             high=WATCH,
             severity=severity,
             meaning=meaning,
-            prescribes=("drop_suspects", "gradient_regularization", "gam") if severity == "act" else (),
+            prescribes=("drop_suspects", "gradient_regularization", "gam", "sface", "ift") if severity == "act" else (),
             figure=_figure(context, early, suspects),
             source=self.source,
             details={

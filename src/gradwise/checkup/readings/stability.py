@@ -37,6 +37,7 @@ QUANTILE = 0.75
 """The reading is this quantile over the moments of the run: a single spike is not yet a finding."""
 WATCH, ACT = 0.7, 1.0
 MAY_RAISE = 0.3
+FEW_OUTPUTS = 4
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Stability:
             high=WATCH,
             severity=severity,
             meaning=_meaning(context, value, severity, lr, group),
-            prescribes=("learning_rate", "gam") if severity == "act" else (),
+            prescribes=_remedies(context) if severity == "act" else (),
             figure=_figure(moments),
             source=self.source,
             details={
@@ -124,7 +125,7 @@ class _Group:
 
 def _group(context: Context) -> _Group:
     optimizer = context.run.optimizer
-    group = optimizer.param_groups[0]
+    group = max(optimizer.param_groups, key=lambda g: float(g.get("lr", 0.0)))
     if "lr" not in group:
         raise Skip(f"{type(optimizer).__name__} has no learning rate.")
     momentum, nesterov = float(group.get("momentum", 0.0)), bool(group.get("nesterov", False))
@@ -136,6 +137,12 @@ def _group(context: Context) -> _Group:
         raise Skip(f"no stability limit is known for {base}; there are rules for SGD and for Adam's family.")
     rule = f"sharpness < {_limit(momentum, nesterov):.3g} / lr and trace < 2 B (1 - momentum) / lr"
     return _Group(momentum, nesterov, float(group.get("weight_decay", 0.0)), False, 0.0, rule)
+
+
+def _remedies(context: Context) -> tuple[str, ...]:
+    """A smaller step, a flatter minimum; with few outputs also curvature in the step itself."""
+    few = context.facts.classes is not None and context.facts.classes <= FEW_OUTPUTS
+    return ("learning_rate", "gam", "egn") if few else ("learning_rate", "gam")
 
 
 def _limit(momentum: float, nesterov: bool) -> float:

@@ -122,6 +122,7 @@ def on_digits(run: Run, method: str, length: int) -> dict[str, Any]:
         n_train=N_TRAIN,
         steps=length * run.pick(smoke=8, small=600, full=600),
         loss=flooded if method == "flooding" else functional.cross_entropy,
+        measured=functional.cross_entropy,
     )
     fingerprint = sum(float(p.detach().double().sum()) for p in done.model.parameters())
     return {**quality(done), **flatness(done, run), **curves(done), "fingerprint": fingerprint}
