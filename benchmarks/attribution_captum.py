@@ -95,7 +95,7 @@ def gradients(polarity: str, tol: float) -> dict[str, float]:
     """Gradients per image that ours spends at ``tol``, and what equal steps need (Captum, Gauss-Legendre).
 
     ``every``: until every image's gap is within ``tol``; ``mean``: for the same mean gap; ``map``: for the same error
-    of the map against a fine reference (a gap can be small because errors cancel). NaN where 1,024 steps do not suffice.
+    of the map against a fine reference (a gap can be small because errors cancel). NaN: 1,024 steps do not suffice.
     """
     model, x, target = problem(polarity)
     score = probability(model)

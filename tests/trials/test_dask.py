@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gradwise.trials import Arm, EngineError, Trial, run_trial
+from gradwise.trials import Arm, EngineError, Ledger, Trial, run_trial
 
 distributed = pytest.importorskip("distributed")
 
@@ -24,7 +24,7 @@ def cluster():
 
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 2, "logging.distributed": "critical"}),
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
     ):
         yield cluster
 
@@ -63,6 +63,7 @@ def test_a_killed_worker_costs_only_the_time_of_its_own_run(tmp_path, cluster):
 def test_a_run_that_kills_every_worker_is_a_failed_run_and_the_others_are_done(cluster):
     def arm(run):
         if run.seed == 1:
+            time.sleep(0.5)  # Dask gives a worker up that dies while it is being started
             os.kill(os.getpid(), signal.SIGKILL)
         return {"score": run.seed}
 
@@ -77,6 +78,29 @@ def test_a_scheduler_that_is_not_there_is_one_clear_error(demo, monkeypatch):
     monkeypatch.setattr("gradwise.trials.engines.CONNECT_SECONDS", 1)
     with pytest.raises(EngineError, match=r"the Dask scheduler at tcp://127\.0\.0\.1:1 cannot be reached"):
         run_trial(demo(), engine="dask", address="tcp://127.0.0.1:1", ledger="sqlite://")
+
+
+def test_a_cluster_without_workers_is_not_waited_for_forever(demo, monkeypatch):
+    monkeypatch.setattr("gradwise.trials.engines.WORKERLESS_SECONDS", 1)
+    message = r"no worker for 1 s\. Runs done so far are kept"
+    with (
+        distributed.LocalCluster(n_workers=0, dashboard_address=":0") as empty,
+        pytest.raises(EngineError, match=message),
+    ):
+        run(demo(), empty)
+
+
+def test_a_scheduler_that_goes_away_is_one_clear_error(demo, ledger_file):
+    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as gone:
+
+        def told(done, total, label, seconds):
+            if done == 2:
+                gone.close()
+
+        with pytest.raises(EngineError, match="the Dask scheduler went away"):
+            run_trial(demo(sleep=0.1), engine="dask", address=gone.scheduler_address, ledger=ledger_file, progress=told)
+    with Ledger(ledger_file) as ledger:
+        assert len(ledger) >= 2
 
 
 def test_workers_are_started_here_when_no_address_is_given(tmp_path):

@@ -230,7 +230,7 @@ def test_a_worker_with_other_code_ends_the_sweep(monkeypatch, ledger_file):
         with pytest.raises(EngineError, match="a worker has other code for arm 'one'"):
             do(other)
     monkeypatch.setattr("gradwise.trials.engines.modules_digest", lambda names: "0" * 16)
-    with pytest.raises(EngineError, match="Runs done so far are kept; start again"):
+    with pytest.raises(EngineError, match=r"Runs done so far are kept; start again to do the rest\."):
         run(simple(Arm("one", module_arm)), ledger=ledger_file)
     with Ledger(ledger_file) as ledger:
         assert len(ledger) == 0

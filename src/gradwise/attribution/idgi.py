@@ -11,7 +11,7 @@ arXiv:2303.14242, Algorithm 1. Differences from the authors' code: batched and s
 theirs divides by it, ours hands that segment's change to the next usable gradient.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 import itertools
 from typing import Any
 import warnings
@@ -108,25 +108,23 @@ def idgi_reduce(grads: Any, scores: Any) -> Any:
 
 
 def _share_out(samples: Iterable[tuple[Tensor, State]]) -> tuple[State, Tensor]:
-    """IDGI's sum over (score, gradients) in path order, and its completeness gap per example (float64)."""
-    stream: Iterator[tuple[Tensor, State]] = iter(samples)
+    """The sum over segments of (score, gradients) in path order, and what it misses of the score's change (float64)."""
+    stream = iter(samples)
     score, grads = next(stream)
     first = score = score.double()
-    total, share = zeros(grads, real=True), zeros(grads, real=True)
+    total = share = zeros(grads, real=True)
     waiting = torch.zeros_like(score)  # change that no usable gradient has taken yet
     change, unled = torch.zeros_like(score), torch.zeros_like(score)
-    for following, next_grads in stream:
-        step, usable = following.double() - score, _usable(grads)
-        waiting += step
+    for next_score, next_grads in stream:
+        step = next_score.double() - score
+        usable, fresh = _shares(grads)
+        share = tuple(torch.where(_rows(usable, new), new, old) for new, old in zip(fresh, share, strict=True))
+        total = _added(total, torch.where(usable, waiting + step, 0), share)
+        waiting = torch.where(usable, 0, waiting + step)
         change += step.abs()
         unled += torch.where(usable, 0, step.abs())
-        share = tuple(torch.where(_rows(usable, old), new, old) for new, old in zip(_shares(grads), share, strict=True))
-        given = torch.where(usable, waiting, 0)
-        total = tuple(out + _rows(given, part) * part for out, part in zip(total, share, strict=True))
-        waiting -= given
-        score, grads = following.double(), next_grads
-    # what is left when a path ends in zero gradients goes along the last usable one
-    total = tuple(out + _rows(waiting, part) * part for out, part in zip(total, share, strict=True))
+        score, grads = next_score.double(), next_grads
+    total = _added(total, waiting, share)  # a path that ends in zero gradients: along the last usable one
     lost = int((unled > LOUD_SHARE * change).sum())
     if lost:
         warnings.warn(
@@ -137,17 +135,18 @@ def _share_out(samples: Iterable[tuple[Tensor, State]]) -> tuple[State, Tensor]:
     return total, row_sums(total) - (score - first)
 
 
-def _shares(grads: State) -> State:
-    """g * g / ||g||^2 over all tensors of an example, in at least single precision; 0 where the gradient is 0."""
+def _shares(grads: State) -> tuple[Tensor, State]:
+    """Which examples have a gradient [b], and g * g / ||g||^2 over all tensors of an example (else 0)."""
     size = torch.stack([g.abs().flatten(1).amax(1) for g in grads]).amax(0)
-    scaled = [g / _rows(torch.where(size > 0, size, 1), g) for g in grads]  # squares of small numbers underflow
-    squares = tuple((s.to(like).abs() ** 2) for s, like in zip(scaled, zeros(grads), strict=True))
-    norm = row_sums(squares)
-    return tuple(s / _rows(torch.where(norm > 0, norm, 1), s) for s in squares)
+    usable = size > 0
+    scaled = [g / _rows(torch.where(usable, size, 1), g) for g in grads]  # squares of small numbers underflow
+    squares = tuple(s.to(like).abs() ** 2 for s, like in zip(scaled, zeros(grads), strict=True))
+    norm = torch.where(usable, row_sums(squares), 1)
+    return usable, tuple(s / _rows(norm, s) for s in squares)
 
 
-def _usable(grads: State) -> Tensor:
-    return torch.stack([(g != 0).flatten(1).any(1) for g in grads]).any(0)
+def _added(total: State, amount: Tensor, share: State) -> State:
+    return tuple(t + _rows(amount, s) * s for t, s in zip(total, share, strict=True))
 
 
 def _rows(values: Tensor, like: Tensor) -> Tensor:

@@ -57,8 +57,11 @@ def _trimmed(figure: Figure) -> tuple[Figure, str]:
 
 
 def _rows(series: Series, rows: Sequence[int]) -> Series:
-    columns = {name: getattr(series, name) for name in ("x", "y", "low", "high")}
-    return replace(series, **{name: [c[i] for i in rows] for name, c in columns.items() if c is not None})
+    def chosen(values: Sequence[Any]) -> list[Any]:
+        return [values[i] for i in rows]
+
+    low, high = (None if values is None else chosen(values) for values in (series.low, series.high))
+    return Series(series.name, chosen(series.x), chosen(series.y), low, high)
 
 
 def _lines(canvas: Canvas, figure: Figure) -> str:

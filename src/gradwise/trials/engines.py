@@ -39,6 +39,8 @@ ALLOWED_FAILURES = 3
 """How many Dask workers may die under one run before it counts as failed."""
 
 
+WORKERLESS_SECONDS = 60
+"""How long a Dask cluster may be without any worker."""
 CONNECT_SECONDS = 15
 """How long to wait for a Dask scheduler to answer."""
 
@@ -203,7 +205,7 @@ class Dask:
                 place = distributed.LocalCluster(
                     n_workers=joblib.cpu_count() if self.n_jobs is None else self.n_jobs,
                     threads_per_worker=1,
-                    dashboard_address=None,
+                    dashboard_address=":0",
                     silence_logs=logging.ERROR,
                 )
                 self._stack.callback(place.close, timeout=5)
@@ -230,17 +232,46 @@ class Dask:
             for parcel in pack(tasks):
                 futures[self._client.submit(execute_parcel, parcel, pure=False, retries=1)] = parcel
         try:
-            for future in self._distributed.as_completed(list(futures)):
-                parcel = futures.pop(future)
-                error = future.exception()
-                if error is None:
-                    yield future.result()
-                elif isinstance(error, EngineError):
-                    raise error
-                else:
-                    yield parcel.record.failed(f"{type(error).__name__}: {error}")
+            while futures:
+                for future in self._finished(list(futures)):
+                    record = self._record(future, futures[future])
+                    if record is not None:
+                        del futures[future]
+                        yield record
         finally:
             self._client.cancel(list(futures))
+
+    def _finished(self, futures: list[Any]) -> list[Any]:
+        """Wait for some of ``futures``; watch that somebody is there to do them."""
+        deadline = time.monotonic() + WORKERLESS_SECONDS
+        while True:
+            try:
+                return list(self._distributed.wait(futures, timeout=2, return_when="FIRST_COMPLETED").done)
+            except TimeoutError:
+                pass
+            except self._distributed.CancelledError:
+                raise EngineError(f"the Dask scheduler went away. {_KEPT}") from None
+            if self._client.nthreads():
+                deadline = time.monotonic() + WORKERLESS_SECONDS
+            elif time.monotonic() > deadline:
+                raise EngineError(f"the Dask cluster has had no worker for {WORKERLESS_SECONDS} s. {_KEPT}")
+
+    def _record(self, future: Any, parcel: Parcel) -> RunRecord | None:
+        """What a finished future has to say; ``None`` when its result died with a worker, and is being made again."""
+        try:
+            record: RunRecord = future.result(timeout=5)
+            return record
+        except TimeoutError:
+            return None
+        except EngineError:
+            raise
+        except self._distributed.CancelledError:
+            raise EngineError(f"the Dask scheduler went away. {_KEPT}") from None
+        except Exception as error:  # the worker died too often, or could not unpack the run
+            return parcel.record.failed(f"{type(error).__name__}: {error}")
+
+
+_KEPT = "Runs done so far are kept; start again to do the rest."
 
 
 # Parcels --------------------------------------------------------------------------------------------------------------
@@ -305,7 +336,7 @@ def execute_parcel(parcel: Parcel) -> RunRecord:
     if _same_sources(parcel.modules) != parcel.digest:
         raise EngineError(
             f"a worker has other code for arm {parcel.record.arm!r} than the process that sent the run: files were "
-            "edited since it started, or another version is installed there. Runs done so far are kept; start again."
+            f"edited since it started, or another version is installed there. {_KEPT}"
         )
     try:
         task = pickle.loads(parcel.content)

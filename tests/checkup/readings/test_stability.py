@@ -127,3 +127,28 @@ def test_optimisers_without_a_rule_are_skipped(make_subject, make_context):
 
 def test_calibration_constants_are_stated_in_the_range(healthy):
     assert f"{NOISE_SHARE:g}" in healthy.finding("stability").healthy
+
+
+def mean_square_growth(share, momentum, steps=400, replicas=150):
+    """Growth rate of E|v|^2 under v' = v - lr m, m' = momentum m + a a'v, rows |a| = 1, B = 1, by weighted resampling."""
+    g = torch.Generator().manual_seed(0)
+    rows = nn.functional.normalize(torch.randn(200, 20, generator=g, dtype=torch.float64), dim=1)
+    lr = share * 2 * (1 - momentum)  # Tr H = 1
+    v = nn.functional.normalize(torch.randn(replicas, 20, generator=g, dtype=torch.float64), dim=1)
+    m, growth = torch.zeros_like(v), 0.0
+    for step in range(1, steps + 1):
+        a = rows[torch.randint(0, 200, (replicas,), generator=g)]
+        m = momentum * m + (a * v).sum(1, keepdim=True) * a
+        v = v - lr * m
+        if step % 25 == 0:
+            size = v.square().sum(1) + (lr * m).square().sum(1)
+            growth += size.mean().log().item()
+            chosen = torch.multinomial(size, replicas, replacement=True, generator=g)
+            v, m = (x[chosen] / size[chosen].sqrt()[:, None] for x in (v, m))
+    return growth / steps
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_trace_rule_is_where_noise_makes_sgd_unstable(momentum):
+    """For rows of equal norm the bound lr Tr(H) / (1 - momentum) = 2 B is attained."""
+    assert mean_square_growth(0.8, momentum) < 0 < mean_square_growth(1.25, momentum)

@@ -58,10 +58,12 @@ SMOOTH = "SmoothGrad"
 
 
 def integrated(run: Run, *, magnitude: bool) -> Mapping[str, Any]:
-    """IG, ranked by sign or by magnitude; its gaps, and those of left sums (traces ``steps`` and ``left gap``)."""
+    """IG, ranked by magnitude, or by sign with what it misses (traces ``steps`` and ``left gap``: left sums)."""
     pictures = _pictures(run)
     maps, _ = _integrate(pictures.score, pictures.x, NODES, "gausslegendre")
-    found = _measured(pictures, maps, maps.abs() if magnitude else maps)
+    if magnitude:
+        return faithfulness(pictures, maps.abs())
+    found = _measured(pictures, maps, maps)
     with counting(isolated=True):
         feature, shown, effect = _object_feature(pictures)
         shares, _ = _integrate(feature, shown, NODES, "gausslegendre")
