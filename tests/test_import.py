@@ -50,7 +50,7 @@ def test_families_load_on_first_use(name):
     assert f"gradwise.{name}" in seen["added"]
 
 
-@pytest.mark.parametrize("command", [["list"], ["show", "gam"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["list"], ["show", "sorsa"], ["--version"]], ids=" ".join)
 def test_quick_commands_do_without_torch(command):
     code = f"import sys, gradwise.cli\nassert gradwise.cli.run({command!r}) == 0\nassert 'torch' not in sys.modules\n"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

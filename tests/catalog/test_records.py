@@ -1,5 +1,7 @@
+import ast
 import importlib
 import json
+from pathlib import Path
 import re
 import sys
 
@@ -209,3 +211,20 @@ def test_a_record_names_everything_that_its_module_exports(record):
     exported = {name for name in dir(family) if getattr(getattr(family, name, None), "__module__", "") == module}
     assert exported <= {name.rpartition(".")[2] for name in record.names}
     assert exported
+
+
+def test_what_a_reading_prescribes_is_on_record():
+    """Read from the readings' source: the catalogue ids after ``prescribes=`` must name the reading in ``treats``."""
+    folder = Path(importlib.import_module("gradwise.checkup.readings").__file__).parent
+    known = {record.id: record for record in records()}
+    checked = 0
+    for path in sorted(folder.glob("[a-z]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        fields = [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.value is not None]
+        ids = [n.value.value for n in fields if isinstance(n.target, ast.Name) and n.target.id == "id"]
+        keywords = [node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "prescribes"]
+        for constant in [c for value in keywords for c in ast.walk(value) if isinstance(c, ast.Constant)]:
+            if constant.value in known:
+                assert set(ids) & set(known[constant.value].treats), (path.name, constant.value)
+                checked += 1
+    assert checked >= 6

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 import difflib
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 import os
 from pathlib import Path
 import re
@@ -186,7 +186,7 @@ def _all() -> tuple[Record, ...]:
     return tuple(found.values())
 
 
-def _added(point: EntryPoint) -> list[Record]:
+def _added(point: Any) -> list[Record]:
     """The records of one plug-in. A broken plug-in costs a warning, never the catalogue."""
     source = point.dist.name if point.dist is not None else point.name
     try:

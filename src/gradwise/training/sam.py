@@ -24,6 +24,7 @@ class SAM(WrappingOptimizer):
 
     A zero gradient leaves the weights where they are for the second evaluation. Raises ``ValueError`` for rho <= 0.
 
+    >>> import torch
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     >>> optimizer = SAM(torch.optim.SGD([weight], lr=0.1), rho=0.05)
     >>> optimizer.step(lambda: (weight**2).sum()).item()

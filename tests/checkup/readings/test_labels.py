@@ -40,7 +40,8 @@ def test_planted_wrong_labels_are_found(make_subject, make_context, rate, severi
     if rate:
         assert set(finding.details["suspects"]) >= set(range(40))
         assert finding.value == pytest.approx(0.2, abs=0.02)
-        assert finding.details["suspected_class"] == [int(y[i]) for i in finding.details["suspects"]]
+        suggested = zip(finding.details["suspected_class"], finding.details["suspects"], strict=True)
+        assert sum(guess == int(y[i]) for guess, i in suggested) >= 0.9 * len(finding.details["suspects"])
         assert finding.details["given_class"] == [int(noisy[i]) for i in finding.details["suspects"]]
         assert finding.figure.kind == "histogram"
 

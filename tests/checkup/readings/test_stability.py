@@ -130,7 +130,7 @@ def test_calibration_constants_are_stated_in_the_range(healthy):
 
 
 def mean_square_growth(share, momentum, steps=400, replicas=150):
-    """Growth rate of E|v|^2 under v' = v - lr m, m' = momentum m + a a'v, rows |a| = 1, B = 1, by weighted resampling."""
+    """Growth rate of E|v|^2 of v' = v - lr m, m' = momentum m + a a'v with |a| = 1 and B = 1 (weighted resampling)."""
     g = torch.Generator().manual_seed(0)
     rows = nn.functional.normalize(torch.randn(200, 20, generator=g, dtype=torch.float64), dim=1)
     lr = share * 2 * (1 - momentum)  # Tr H = 1

@@ -6,7 +6,8 @@ in Stochastic Gradient Descent", ICML 2023, arXiv:2305.17490), with lr / (1 - be
 Adam the sharpness is that of the preconditioned Hessian and the limit (2 + 2 beta1) / ((1 - beta1) lr), which is
 38 / lr for beta1 = .9 (Cohen et al., "Adaptive Gradient Methods at the Edge of Stability", arXiv:2207.14484).
 
-Both rules are exact for the square loss at an interpolating minimum. For cross-entropy they are indicative: curvature
+Both rules are exact for the square loss at an interpolating minimum (the second where all examples' gradients have one
+norm, else it is a bound). For cross-entropy they are indicative: curvature
 falls as examples are fitted, so the measure is taken at several moments of the run.
 """
 
