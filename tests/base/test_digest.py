@@ -1,3 +1,4 @@
+import ast
 from functools import partial
 import importlib
 from pathlib import Path
@@ -242,3 +243,27 @@ def test_bound_methods_carry_their_object():
             return self.n + x
 
     assert config_digest(Counter(1).run) == config_digest(Counter(1).run) != config_digest(Counter(2).run)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("x = [1, 2]", "x = [\n    1,  # one\n    2,\n]", True),
+        ("'''Doc.'''\nx = 1", "x = 1\n'''What x is.'''", True),
+        ("x = f('', 1)", "x = f(1)", False),
+        ("x = 1", "x = 1.0", False),
+        ("x = 'a'", "x = b'a'", False),
+        ("def f(a, *, b): ...", "def f(a, b): ...", False),
+        ("f'{x:<{w}}'", "f'{x:>{w}}'", False),
+    ],
+)
+def test_what_counts_in_a_source(first, second, same):
+    canonical = [digest._canonical(ast.parse(text)) for text in (first, second)]
+    assert (canonical[0] == canonical[1]) is same
+
+
+def test_an_f_string_reads_the_same_in_every_version_of_python():
+    tree = ast.parse("y = f'{x:<{w}}'")
+    before = digest._canonical(tree)
+    tree.body[0].value.values[0].format_spec.values.append(ast.Constant(value=""))  # as Python 3.12.1 has it
+    assert digest._canonical(tree) == before

@@ -46,6 +46,13 @@ def test_the_same_runs_give_the_same_bytes_and_nothing_is_left_beside(demo, tmp_
     assert [p.name for p in (tmp_path / "a" / "demo").iterdir()] == ["shift.json"]
 
 
+def test_numbers_keep_seven_digits(demo, tmp_path):
+    third = demo(arms=(Arm("third", lambda run: {"score": 1e6 / 3 + run.seed}),), expectations=(), controls=())
+    data = json.loads(export(run(third), tmp_path).read_text())
+    assert data["runs"][0]["metrics"]["score"] == 333333.3
+    assert data["seeds"] == [0, 1, 2, 3, 4]
+
+
 def test_failures_are_published_without_anyones_folders(demo, tmp_path):
     def broken(run):
         raise RuntimeError("no luck")

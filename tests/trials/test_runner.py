@@ -84,6 +84,18 @@ def test_another_effect_is_another_run(demo, ledger_file):
     assert run(demo(effect=1.0), ledger=ledger_file, scale="smoke").reused == 0
 
 
+def test_another_code_is_another_run_even_under_the_same_names(demo, ledger_file):
+    def arm(value):
+        return Arm("one", lambda run: {"score": value + run.seed})
+
+    first = run(demo(arms=(arm(1.0),), expectations=(), controls=()), ledger=ledger_file)
+    again = run(demo(arms=(arm(1.0),), expectations=(), controls=()), ledger=ledger_file)
+    other = run(demo(arms=(arm(2.0),), expectations=(), controls=()), ledger=ledger_file)
+    assert (first.reused, again.reused, other.reused) == (0, 10, 0)
+    assert other.values("one", "score")[0] == 2.0
+    assert len({first.digest, again.digest, other.digest}) == 2
+
+
 def test_stored_trial_runs_nothing(demo, tmp_path, ledger_file):
     empty = stored_trial(demo(), ledger=ledger_file)
     assert empty.verdict.overall == "not settled at this size"
@@ -201,8 +213,8 @@ def test_every_run_starts_alike_and_the_caller_gets_his_state_back(demo):
     def careless(run):
         torch.set_default_dtype(torch.float64)
         torch.set_grad_enabled(False)
-        value = nn.Linear(1, 1).weight.item() + random.random() + np.random.rand()  # noqa: NPY002
-        return {"score": value, "threads": torch.get_num_threads()}
+        own = {"python": random.random(), "numpy": np.random.rand()}  # noqa: NPY002
+        return {"torch": nn.Linear(1, 1).weight.item(), **own, "threads": torch.get_num_threads()}
 
     trial = demo(arms=(Arm("one", careless), Arm("two", careless)), expectations=(), controls=())
     torch.set_num_threads(2)
@@ -214,9 +226,10 @@ def test_every_run_starts_alike_and_the_caller_gets_his_state_back(demo):
         assert (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()) == (2, torch.float32, True)
     finally:
         torch.set_num_threads(1)
-    one, two = (result.values(arm, "score") for arm in ("one", "two"))
-    assert one == two  # the same initialisation within a seed, whichever arm came first
-    assert one[0] != one[1]
+    for source in ("torch", "python", "numpy"):
+        one, two = (result.values(arm, source) for arm in ("one", "two"))
+        assert one == two  # the same initialisation within a seed, whichever arm came first
+        assert one[0] != one[1]
     assert set(result.values("one", "threads").values()) == {1.0}
 
 
@@ -273,6 +286,17 @@ def test_tuning_chooses_on_validation_with_seeds_that_are_not_judged(demo, ledge
     assert [s for s in SEEN if s[2] != 9.0] == []  # cached, but for the points that failed
     assert again.verdict == result.verdict
     assert stored_trial(trial, ledger=ledger_file).verdict == result.verdict
+
+
+def test_a_point_that_works_only_sometimes_is_not_chosen(demo):
+    def arm(run):
+        if run.config["lr"] == 2.0 and run.seed % 2:
+            raise ValueError("diverged")
+        return {"valid": run.config["lr"]}
+
+    tuned = Arm("tuned", arm, tuning=Tuning({"lr": [1.0, 2.0]}, "valid"))
+    result = run(demo(arms=(tuned,), expectations=(), controls=()))
+    assert {t.chosen["lr"] for t in result.tuned} == {1.0}
 
 
 def test_lower_can_be_better_in_tuning(demo):

@@ -99,6 +99,7 @@ def test_settings_are_judged_apart_and_the_sum_hides_nothing():
     verdict = judge(trial((BETTER,), settings=("easy", "hard")), runs(means), SEEDS)
     assert verdict.by_setting == {"easy": "holds", "hard": "fails"}
     assert verdict.overall == "partly"
+    assert verdict.notes == ("1 of 2 judgements hold; if nothing were true, chance would make some 0.05 hold",)
 
 
 @pytest.mark.parametrize("role", ["mechanism", "reported"])

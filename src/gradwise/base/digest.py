@@ -281,6 +281,8 @@ def _canonical(node: Any) -> str:
         for name, value in ast.iter_fields(node):
             if isinstance(value, list):
                 value = [item for item in value if not _is_docstring(item)]
+                if isinstance(node, ast.JoinedStr):
+                    value = [item for item in value if not _is_empty_text(item)]
             if value is None or value == [] or name in ("ctx", "kind", "type_comment", "type_ignores"):
                 continue
             parts.append(f"{name}={_canonical(value)}")
@@ -292,6 +294,11 @@ def _canonical(node: Any) -> str:
 
 def _is_docstring(node: Any) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _is_empty_text(node: ast.AST) -> bool:
+    """An empty part of an f-string, which early versions of Python 3.12 add after a nested width."""
+    return isinstance(node, ast.Constant) and node.value == ""
 
 
 @cache

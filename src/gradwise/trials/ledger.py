@@ -116,7 +116,7 @@ class Ledger:
         return self._url.render_as_string(hide_password=True)
 
     def find(self, keys: Iterable[str]) -> dict[str, RunRecord]:
-        """The row of each of ``keys`` that has one: the successful one, else the latest attempt."""
+        """The latest row of each of ``keys`` that has one; nothing is tried again after a success."""
         wanted = list(keys)
         found: dict[str, RunRecord] = {}
         if not self._look():
@@ -124,9 +124,7 @@ class Ledger:
         with self._connected() as connection:
             for start in range(0, len(wanted), _CHUNK):
                 query = select(_runs).where(_runs.c.key.in_(wanted[start : start + _CHUNK])).order_by(_runs.c.attempt)
-                for record in map(_record, connection.execute(query).mappings()):
-                    if record.key not in found or not found[record.key].ok:
-                        found[record.key] = record
+                found.update((record.key, record) for record in map(_record, connection.execute(query).mappings()))
         return found
 
     def add(self, record: RunRecord) -> RunRecord:

@@ -108,8 +108,6 @@ def judge(trial: Trial, runs: Sequence[RunRecord], seeds: Sequence[int], level: 
         _gate(gate, samples[s]) for gate in trial.gates for s in trial.settings_for((gate.arm,), gate.setting)
     )
     matches = tuple(_match(m, samples[s]) for m in trial.matches for s in trial.settings_for(m.arms))
-    notes = [*_notes(controls, gates, matches), *_failures(trial, runs)]
-
     closed = {g.setting for g in gates if not g.met} | {m.setting for m in matches if not m.met}
     primary = [j for j in judgements if j.role == "primary"]
     by_setting: dict[str, Overall] = {}
@@ -123,6 +121,7 @@ def judge(trial: Trial, runs: Sequence[RunRecord], seeds: Sequence[int], level: 
         overall = UNSETTLED
     elif not all(c.credible for c in controls):
         overall = "not credible"
+    notes = [*_chance(overall, primary, level), *_notes(controls, gates, matches), *_failures(trial, runs)]
     return Verdict(overall, by_setting, judgements, controls, gates, matches, tuple(notes))
 
 
@@ -139,6 +138,16 @@ def summarise(verdicts: Sequence[str]) -> Overall:
     if any(v == "holds" for v in verdicts):
         return "partly"
     return "fails" if any(v == "fails" for v in verdicts) else UNSETTLED
+
+
+def _chance(overall: str, primary: Sequence[Judgement], level: float) -> list[str]:
+    """Many expectations give chance many tries: what it would bring is said beside a verdict that rests on some."""
+    if overall != "partly":
+        return []
+    held, expected = sum(j.verdict == "holds" for j in primary), len(primary) * (1 - level) / 2
+    return [
+        f"{held} of {len(primary)} judgements hold; if nothing were true, chance would make some {expected:.2g} hold"
+    ]
 
 
 def _control(control: Control, judgement: Judgement) -> ControlOutcome:
