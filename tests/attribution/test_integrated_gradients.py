@@ -362,6 +362,8 @@ def test_one_column_or_no_column_needs_no_target(smooth, x):
         ({"internal_batch_size": 0}, ValueError, "internal_batch_size"),
         ({"memory_budget": 0}, ValueError, "memory_budget"),
         ({"expected": True, "baselines": 0.0}, ValueError, "expected"),
+        ({"expected": True, "baselines": torch.zeros(2, 4), "tol": 0.01}, ValueError, "cannot be refined"),
+        ({"expected": True, "baselines": torch.zeros(2, 4), "n_steps": "auto"}, ValueError, "cannot be refined"),
         ({"inputs": torch.ones(2, 6, dtype=torch.long)}, TypeError, "embeddings"),
         ({"inputs": [[0.0] * 6]}, TypeError, "inputs"),
         ({"inputs": torch.ones(0, 6, dtype=torch.float64)}, ValueError, "at least one example"),

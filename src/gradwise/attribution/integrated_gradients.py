@@ -99,7 +99,7 @@ class IntegratedGradients(PathMethod):
 
         Raises:
             TypeError: integer inputs, targets that are not integers.
-            ValueError: shapes, targets, methods or numbers of steps that do not fit.
+            ValueError: shapes, targets, methods or numbers of steps that do not fit; ``expected`` with ``tol``.
             RuntimeError: a score that does not depend on the inputs, or is not finite.
 
         Warns in training mode with dropout or batch norm; where ``tol`` was not reached; and, when the gap is not
@@ -115,6 +115,10 @@ class IntegratedGradients(PathMethod):
             allow_complex=True,
         )
         adaptive = tol is not None or n_steps == "auto"
+        if expected and adaptive:
+            raise ValueError(
+                "expected=True draws a fixed number of samples and cannot be refined: pass n_steps=<int> and no tol."
+            )
         steps = 0 if n_steps == "auto" else require_count("n_steps", n_steps)
         rows = task.rows_per_call(internal_batch_size, memory_budget)
         if expected:
