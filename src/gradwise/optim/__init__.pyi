@@ -1,0 +1,5 @@
+from .innaprop import INNAprop as INNAprop
+
+__all__ = [
+    "INNAprop",
+]

@@ -1,0 +1,250 @@
+"""Optimisers that make their own update, from gradients that are there or from evaluations they ask for.
+
+:class:`GradientOptimizer` is stepped after ``loss.backward()`` like any optimiser of PyTorch; a method defines
+:meth:`~GradientOptimizer.update` on lists of tensors, ready for ``torch._foreach_*``. :class:`DirectOptimizer` gets a
+closure and evaluates it as often as it likes (gradients elsewhere, curvature products); a method defines
+:meth:`~DirectOptimizer.displacement`. Both refuse what is not finite before anything is changed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+import torch.distributed as dist
+
+from gradwise.base.checks import require_choice
+from gradwise.linalg import trees
+from gradwise.training.closure import Needs, as_closure
+from gradwise.training.evaluation import Evaluations
+from gradwise.training.optimizer import MethodOptimizer, Sync
+
+States = list[dict[str, Any]]
+CACHE_BYTES = 2**20  # of weights in one call on a CPU; an update touches about five times as much
+
+
+class _ExactState(MethodOptimizer):
+    """Loads state in the types it was saved in; PyTorch would cast it to those of the parameters."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As :meth:`MethodOptimizer.load_state_dict`, keeping float32 state of half-precision parameters."""
+        super().load_state_dict(state_dict)
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, parameter in zip(keys, parameters, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[parameter][name].dtype:
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The parameter's name where the groups have names, else its position and shape, for messages."""
+        for number, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p is parameter:
+                    if "param_names" in group:
+                        return f"parameter {group['param_names'][index]!r}"
+                    return f"parameter {index} of group {number} (shape {list(p.shape)})"
+        return f"a parameter of shape {list(parameter.shape)}"
+
+
+class GradientOptimizer(_ExactState):
+    """Base of methods that step from ``.grad``: ``loss.backward(); optimizer.step()``.
+
+    Args:
+        params: parameters or groups; each group may have its own values of everything in ``defaults``.
+        defaults: the method's hyper-parameters.
+        maximize: ascend instead of descend (group key ``maximize``).
+        foreach: ``False`` updates one tensor at a time, ``True`` all tensors of one type and device together; ``None``
+            does so too, on a CPU in portions that stay in its caches (group key ``foreach``).
+        nonfinite: ``"raise"`` looks at the norm of all gradients (one transfer from an accelerator per step) and raises
+            ``FloatingPointError`` before anything is changed; ``"pass"`` lets NaN through as PyTorch's optimisers do,
+            for instance under a ``GradScaler``, which looks itself.
+
+    A parameter without gradient is left alone, also by weight decay. Raises ``RuntimeError`` for sparse gradients, by
+    the parameter's name.
+    """
+
+    needs: ClassVar[Needs] = "grad"
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        nonfinite: str = "raise",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        require_choice("nonfinite", nonfinite, ("raise", "pass"))
+        self.nonfinite = nonfinite
+        super().__init__(params, {**defaults, "maximize": maximize, "foreach": foreach}, generator=generator)
+
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: States) -> None:
+        """Change ``params`` in place; called without gradients, once per type and device. Methods define this.
+
+        ``grads`` are the caller's own tensors (negated copies under ``maximize``) and must not be changed; ``states``
+        are the parameters' entries of ``self.state``, empty at the first step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define update(group, params, grads, states).")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update from the gradients in ``.grad``; ``closure`` re-evaluates first, as PyTorch defines it.
+
+        Returns the closure's loss, or ``None``. Raises ``FloatingPointError`` for gradients that are not finite (see
+        ``nonfinite``); weights and state are then as they were, and ``stats["skipped"]`` counts it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.check_groups()
+        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for _, params in work:
+            for p in params:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients: that of {self.name_of(p)} has "
+                        f"layout {p.grad.layout}; build the layer with sparse=False."
+                    )
+        grads = [p.grad for _, params in work for p in params if p.grad is not None]
+        if self.nonfinite == "raise":
+            self._require_finite(grads)
+        for group, params in work:
+            for bucket in _buckets(params, group["foreach"]):
+                found = [p.grad for p in bucket if p.grad is not None]
+                if group["maximize"]:
+                    found = list(torch._foreach_neg(found))
+                self.update(group, bucket, found, [self.state[p] for p in bucket])
+        return loss
+
+    def _require_finite(self, grads: Sequence[Tensor]) -> None:
+        norm = trees.joint_norm(grads)
+        length = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self.stats = {**self.stats, "grad_norm": length}
+        if not np.isfinite(length):
+            self.stats["skipped"] = self.stats.get("skipped", 0.0) + 1
+            raise FloatingPointError(
+                f"the gradients' norm is {length}: no step was made. Clip gradients, lower the learning rate, or pass "
+                "nonfinite='pass' to let them through."
+            )
+
+
+class DirectOptimizer(_ExactState):
+    """Base of methods that evaluate a closure themselves: ``loss = optimizer.step(closure)``.
+
+    Args:
+        params: parameters or groups.
+        defaults: the method's hyper-parameters; a group may have its own.
+        model: the module being trained: its buffers advance as in one plain forward pass, and a
+            ``DistributedDataParallel`` is synchronised. Taken from the closure when it knows its module.
+        generator: the method's random stream. Under DDP seed it alike on all processes.
+        fix_rng: replay the random state, so that dropout draws the same masks in all evaluations of a step.
+        sync: ``"all"``: every gradient is averaged over the processes; ``"final"``: the displacement only.
+
+    ``.grad`` of the parameters is set aside during a step and given back unchanged.
+    """
+
+    needs: ClassVar[Needs] = "loss"
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        model: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+        fix_rng: bool = True,
+        sync: Sync = "all",
+    ) -> None:
+        require_choice("sync", sync, ("final", "all"))
+        self.model, self.fix_rng, self.sync = model, fix_rng, sync
+        super().__init__(params, defaults, generator=generator)
+
+    def displacement(self, at: Evaluations, closure: Any) -> list[Tensor]:
+        """What is added to each active parameter (``at.active``). Methods define this.
+
+        Whatever goes into ``self.state`` must have passed :meth:`require_finite` first, so that a bad batch leaves
+        state and weights as they were.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define displacement(at, closure).")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
+        """One update from evaluations of ``closure``; returns the loss of the first, detached.
+
+        Raises ``TypeError`` without a closure, ``RuntimeError`` for one that calls backward, and
+        ``FloatingPointError`` when an evaluation or the displacement is not finite: weights are then put back bit for
+        bit, and ``stats["skipped"]`` counts such steps.
+        """
+        if closure is None:
+            raise TypeError(
+                f"{type(self).__name__}.step needs a closure that returns the loss (and calls no backward)."
+            )
+        closure = as_closure(closure, self.needs)
+        self.check_groups()
+        skipped, own = self.stats.get("skipped", 0.0), dict(self.stats)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        model = self.model if self.model is not None else closure.module
+        with Evaluations(parameters, model=model, fix_rng=self.fix_rng, sync=self.sync) as at:
+            try:
+                moves = list(self.displacement(at, closure))
+                at.write(moves)
+            except FloatingPointError:
+                self.stats = {**own, **at.stats, "skipped": skipped + 1}
+                raise
+            if at._replicas and self.sync == "final":
+                moves = [p.grad for p in at.active if p.grad is not None]  # averaged over the processes
+            if moves:
+                torch._foreach_add_(at.active, moves)
+            self.stats = {**self.stats, **at.stats, "skipped": skipped}
+            return at.loss
+
+    def require_finite(self, *lists: Sequence[Tensor], what: str = "an evaluation") -> None:
+        """Raise ``FloatingPointError`` unless all tensors of all ``lists`` are finite; on all processes alike."""
+        tensors = [t for tensors in lists for t in tensors if t.numel()]
+        if not tensors:
+            return
+        total = torch.stack([torch.linalg.vector_norm(t, float("inf"), dtype=_wide(t)).float() for t in tensors]).max()
+        if dist.is_initialized() and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            total = torch.where(torch.isfinite(total), total, torch.inf)
+            dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.model.process_group)
+        if not np.isfinite(float(total)):
+            raise FloatingPointError(f"{what} is not finite: weights and state are unchanged, no step was made.")
+
+    def scalar(self, at: Evaluations, name: str) -> Any:
+        """Hyper-parameter ``name``: a float, or where groups differ a NumPy array with one entry per active parameter.
+
+        Ask after the first evaluation, which decides what is active. Arithmetic reads the same for both.
+        """
+        values = [group.get(name, self.defaults[name]) for group in self.param_groups]
+        if all(value == values[0] for value in values):
+            return float(values[0])
+        pairs = zip(self.param_groups, values, strict=True)
+        return at.of_active([value for group, value in pairs for _ in group["params"]])
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def _buckets(params: list[Tensor], foreach: bool | None) -> list[list[Tensor]]:
+    """Parameters that one ``foreach`` call can take together; each alone with ``foreach=False``.
+
+    By default a CPU takes no more at once than its caches hold: the passes of one update then stay in them.
+    """
+    if foreach is False:
+        return [[p] for p in params]
+    buckets: dict[tuple[Any, ...], list[Tensor]] = {}
+    filled: dict[tuple[Any, ...], tuple[int, int]] = {}  # bytes in the open bucket, and its number
+    for p in params:
+        kind = (p.dtype, p.device, p.grad.dtype if p.grad is not None else None)
+        size, number = filled.get(kind, (0, 0))
+        own = p.numel() * p.element_size()
+        if foreach is None and p.device.type == "cpu" and size and size + own > CACHE_BYTES:
+            size, number = 0, number + 1
+        filled[kind] = (size + own, number)
+        buckets.setdefault((*kind, number), []).append(p)
+    return list(buckets.values())
