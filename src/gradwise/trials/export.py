@@ -11,7 +11,8 @@ from gradwise.trials.result import TrialResult
 def export(result: TrialResult, directory: str | Path) -> Path:
     """Write ``result`` to ``directory/<family>/<id>.json`` and return the path.
 
-    Numbers are rounded to seven significant digits. The same runs give the same bytes; the file is replaced in one step, so a reader never sees half of it.
+    Numbers are rounded to seven significant digits. The same runs give the same bytes; the file is replaced in one
+    step, so a reader never sees half of it.
     """
     path = Path(directory) / f"{result.trial.id}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
