@@ -134,7 +134,7 @@ class INNAprop(GradientOptimizer):
             state["step"] = age
         # g/D = c g/(sqrt(v) + c eps) with c = sqrt(1 - sigma^t): the correction costs no pass over the tensors
         c = np.sqrt(1 - sigma ** np.array(ages))
-        scale = torch._foreach_sqrt(v)
+        scale = list(torch._foreach_sqrt(v))
         if group["eps"]:
             torch._foreach_add_(scale, _plain(group["eps"] * c))
         else:  # 0/0 where a weight has never had a gradient
