@@ -210,7 +210,8 @@ def test_a_broken_plug_in_costs_a_warning_only(install, source, points):
 def test_a_record_names_everything_that_its_module_exports(record):
     family = importlib.import_module(f"gradwise.{record.family}")
     module = f"gradwise.{record.family}.{record.id}"
-    exported = {name for name in dir(family) if getattr(getattr(family, name, None), "__module__", "") == module}
+    homes = {name: str(getattr(getattr(family, name, None), "__module__", "")) for name in dir(family)}
+    exported = {name for name, home in homes.items() if home == module or home.startswith(f"{module}.")}
     assert exported <= {name.rpartition(".")[2] for name in record.names}
     assert exported
 
