@@ -68,10 +68,10 @@ def test_unknown_papers_and_families_offer_the_nearest():
 
 
 def test_a_planned_paper_says_that_it_has_no_claim():
-    with pytest.raises(LookupError, match=r"psgd has no executable claim yet \(status: planned\)"):
-        api.reproduce("psgd")
-    with pytest.raises(LookupError, match="'optim' has no comparison yet"):
-        api.compare("optim")
+    with pytest.raises(LookupError, match=r"dgno has no executable claim yet \(status: planned\)"):
+        api.reproduce("dgno")
+    with pytest.raises(LookupError, match="'pde' has no comparison yet"):
+        api.compare("pde")
 
 
 def test_a_comparison_is_found_by_its_key():

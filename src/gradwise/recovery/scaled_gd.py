@@ -108,8 +108,8 @@ def scaled_gd(
     >>> X = V @ torch.diag(torch.tensor([1.0, 0.01], dtype=torch.float64)) @ V.T
     >>> measurements = gaussian(70, (12, 12), symmetric=True)  # 78 unknowns
     >>> result = scaled_gd(measurements, measurements.forward(X), rank=3)
-    >>> bool((result.x - X).norm() < 1e-3 * X.norm()), result.n_iter < 200
-    (True, True)
+    >>> bool((result.x - X).norm() < 1e-3 * X.norm())
+    True
     """
     require_positive("step", step)
     require_positive("init_scale", init_scale)
