@@ -31,15 +31,6 @@ from .subgm import (
     sign_rip as sign_rip,
     subgradient_method as subgradient_method,
 )
-from .total_positivity import (
-    PrecisionResult as PrecisionResult,
-    TotallyPositiveGraphicalModel as TotallyPositiveGraphicalModel,
-    m_matrix_mle as m_matrix_mle,
-    negative_share as negative_share,
-    project_diagonally_dominant as project_diagonally_dominant,
-    project_dominant_rows as project_dominant_rows,
-    project_m_matrix as project_m_matrix,
-)
 
 __all__ = [
     "L1",
@@ -52,18 +43,11 @@ __all__ = [
     "LowRankSensing",
     "PathResult",
     "Phase",
-    "PrecisionResult",
     "RecoveryResult",
     "SignRIPReport",
     "SparseClassifier",
     "SparseRegressor",
-    "TotallyPositiveGraphicalModel",
     "factored_gd",
-    "m_matrix_mle",
-    "negative_share",
-    "project_diagonally_dominant",
-    "project_dominant_rows",
-    "project_m_matrix",
     "scaled_gd",
     "sign_rip",
     "small_init",
