@@ -381,7 +381,7 @@ def test_a_subject_of_one_s_own_from_check_up_to_report(capsys, subject, tmp_pat
     assert "Paired differences" in text
 
 
-def test_ctrl_c_keeps_the_ledger_whole_and_the_next_call_goes_on(subject, tmp_path):
+def test_ctrl_c_keeps_the_ledger_whole_and_the_next_call_goes_on(subject, tmp_path, interruptible):
     ledger = tmp_path / "ledger.sqlite"
     command = [sys.executable, "-m", "gradwise.cli", "trial", subject(0.01), "--with", "gam", "--engine", "serial",
                "--ledger", str(ledger), "--scale", "small"]  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("engine", "send"), [("processes", os.killpg), ("serial", os.kill)])
-def test_ctrl_c_ends_everything_within_seconds_and_keeps_the_ledger_whole(sweep, engine, send):
+def test_ctrl_c_ends_everything_within_seconds_and_keeps_the_ledger_whole(sweep, engine, send, interruptible):
     process = sweep.start(engine)
     sweep.until(6, process)
     workers = psutil.Process(process.pid).children(recursive=True)
