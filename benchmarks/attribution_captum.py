@@ -59,8 +59,9 @@ def seconds(repeats: int) -> dict[str, float]:
     channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     calls |= {f"{kind}, channels last": variant(kind, channels_last, x, target) for kind in KINDS[2:4]}
     maps = {kind: call() for kind, call in calls.items()}
-    for kind, result in maps.items():
-        torch.testing.assert_close(result, maps["captum"], rtol=1e-3, atol=1e-5, msg=kind)
+    for kind, result in maps.items():  # within a memory layout: another order of summing can flip a ReLU at its kink
+        peer = "captum, 64 rows, channels last" if "channels last" in kind else "captum"
+        torch.testing.assert_close(result, maps[peer], rtol=1e-3, atol=1e-5, msg=kind)
     taken: dict[str, list[float]] = {kind: [] for kind in calls}
     for _ in range(repeats):
         for kind, call in calls.items():
