@@ -309,6 +309,10 @@ def test_a_trial_that_is_not_finite_is_a_rejected_trial():
     result = minimize_gns(barrier, torch.zeros(3, dtype=torch.float64), "hessian", gamma=1e6)
     assert result.reason == "tol"
     assert (result.x < 1).all()
+    bottomless = minimize_gns(
+        lambda x: torch.where(x[0] < -3, -math.inf, x[0] ** 2), torch.ones(1).double(), "none", gamma=9
+    )
+    assert (bottomless.reason, bottomless.trials_history[0]) == ("tol", 4)
     lost = minimize_gns(
         lambda x: torch.where(x.norm() > 0, torch.nan, x.sum()), torch.zeros(2, dtype=torch.float64), "none"
     )

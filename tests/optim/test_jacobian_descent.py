@@ -545,6 +545,29 @@ def test_bad_options(options, error, message):
         JacobianDescent(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), **options)
 
 
+def test_sharded_parameters_are_refused():
+    weight = nn.Parameter(torch.ones(2))
+    weight.placements = ()
+    with pytest.raises(TypeError, match="sharded"):
+        JacobianDescent(torch.optim.SGD([weight], lr=0.1))
+
+
+def test_every_number_of_losses_is_checked():
+    """Coupled in batches of more than four only: the check of a batch of three says nothing about one of nine."""
+
+    class Later(Coupled):
+        def forward(self, x):
+            return super().forward(x) if len(x) > 4 else self.net(x)
+
+    model, data = Later(), batch()
+    optimizer = JacobianDescent(torch.optim.SGD(model.parameters(), lr=0.0), model=model)
+    for n in (3, 9, 3):
+        part = (data[0][:n], data[1][:n])
+        optimizer.step(closure_for(model, part))
+        J = jacobian(model, part)
+        torch.testing.assert_close(optimizer.info.gramian, J @ J.mT)
+
+
 def test_weights_that_do_not_fit():
     with pytest.raises(ValueError, match=r"one weight per loss \[9\], got \[1\]"):
         step_of(network(), batch(), lambda G: torch.ones(1))

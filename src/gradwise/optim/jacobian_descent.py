@@ -16,7 +16,7 @@ by zero (their ``norm_eps=1e-4`` turns UPGrad into the mean once gradients are s
 is accumulated layer by layer where the losses are those of single examples, and this is checked rather than assumed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -208,8 +208,8 @@ class JacobianDescent(WrappingOptimizer):
     """Descent on a vector of losses: their gradients are combined by a weighting of the Gramian, and a base steps.
 
     One step: losses l(w) of the closure, G = J J', weights lambda = weighting(G), direction J'lambda (one backward
-    pass of <lambda, l>), ``base_optimizer.step()``. With the closure of :func:`gradwise.training.make_closure` the
-    losses are those of the examples of a batch (instance-wise risk minimisation); return a vector of task or domain
+    pass of <lambda, l>), ``base_optimizer.step()``. With the closure of
+    :func:`gradwise.training.closure.make_closure` the losses are those of the examples of a batch (instance-wise risk minimisation); return a vector of task or domain
     losses for multi-task learning.
 
     Args:
@@ -218,7 +218,8 @@ class JacobianDescent(WrappingOptimizer):
             :class:`UPGradWeighting`, TorchJD's weightings and those of its aggregators that only need the Gramian.
         engine: how the Gramian is computed. ``"dense"``: from the m gradients, m x p numbers; any losses.
             ``"layerwise"``: from activations and one backward pass to the layers' outputs, without any gradient of a
-            single loss; for losses of single examples, first axis the batch in all layers; the first step checks it.
+            single loss; for losses of single examples, first axis the batch in all layers; checked at the first step
+            with so many losses.
             ``"auto"``: layerwise where there is one loss per example and the check passes, else dense. ``"autogram"``:
             TorchJD's engine with ``batch_dim=0`` (extra ``jd``); also an object with ``compute_gramian(losses)``.
         normalize: ``"sum"`` divides the weights by their sum, so that only the direction differs from the mean's.
@@ -237,8 +238,8 @@ class JacobianDescent(WrappingOptimizer):
 
     Raises ``ValueError`` for losses that are empty or a scalar, for weights of the wrong shape, and with
     ``"layerwise"`` for batch norm in training mode and parameters without a rule; ``RuntimeError`` for coupled losses
-    there; ``TypeError`` for losses without a graph and for what is no weighting or engine; ``ImportError`` where the
-    extra is missing. If anything is not finite, ``FloatingPointError``: nothing is changed.
+    there; ``TypeError`` for losses without a graph, sharded parameters and what is no weighting or engine;
+    ``ImportError`` where the extra is missing. If anything is not finite, ``FloatingPointError``: nothing is changed.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     >>> optimizer = JacobianDescent(torch.optim.SGD([weight], lr=0.1))
@@ -277,8 +278,14 @@ class JacobianDescent(WrappingOptimizer):
         self.shared = None if shared is None else list(shared)
         self.info: StepInfo | None = None
         self._engine: Any = None if isinstance(engine, str) else engine
-        self._layers: bool | None = None  # whether the Gramian is taken layer by layer; None: not yet known
+        self._layers = engine in ("auto", "layerwise")
+        self._checked: set[int] = set()  # numbers of losses at which the layer-wise Gramian was found right
         super().__init__(base_optimizer, {}, model=model, fix_rng=fix_rng, sync="final", scaler=scaler)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Sharded parameters are refused."""
+        if any(hasattr(p, "placements") for p in group.get("params", ())):
+            raise TypeError("JacobianDescent does not support sharded parameters (DTensor, FSDP2); use DDP.")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
@@ -361,20 +368,20 @@ class JacobianDescent(WrappingOptimizer):
             self._engine = require_extra("torchjd.autogram", "jd").Engine(inner, batch_dim=0)
         if self._engine is not None:
             return given
-        if self.engine == "layerwise" or (self.engine == "auto" and self._layers is not False and _separable(model)):
+        if self.engine == "layerwise" or (self._layers and _separable(model)):
             return layers
         return dense
 
     def _layerwise(self, losses: Tensor, tape: Any, measured: Sequence[Tensor]) -> Tensor:
-        """Layer by layer, which the first step checks; ``"auto"`` goes dense where it cannot be done or fails."""
+        """Layer by layer, checked once; ``"auto"`` goes dense, for good, where it cannot be done or the check fails."""
         try:
             jacobian = tape.jacobian(losses)
             G = jacobian.gramian(method="layerwise")
-            if self._layers is None and bool(G.isfinite().all()):
+            if len(G) not in self._checked and bool(G.isfinite().all()):
                 probe = torch.cos(torch.arange(len(G), dtype=torch.float64)).to(G).reshape(jacobian.z.shape)
                 jacobian.verify(G, probe, jacobian.vjp(probe))
                 count(gradient=2 / 3)
-                self._layers = True
+                self._checked.add(len(G))
             return G
         except (ValueError, RuntimeError):
             if self.engine == "layerwise":
