@@ -209,8 +209,8 @@ class JacobianDescent(WrappingOptimizer):
 
     One step: losses l(w) of the closure, G = J J', weights lambda = weighting(G), direction J'lambda (one backward
     pass of <lambda, l>), ``base_optimizer.step()``. With the closure of
-    :func:`gradwise.training.closure.make_closure` the losses are those of the examples of a batch (instance-wise risk minimisation); return a vector of task or domain
-    losses for multi-task learning.
+    :func:`gradwise.training.closure.make_closure` the losses are those of the examples of a batch (instance-wise risk
+    minimisation); return a vector of task or domain losses for multi-task learning.
 
     Args:
         base_optimizer: steps with the direction; its groups and state are shared.
