@@ -2,14 +2,10 @@
 
 import copy
 import io
-import socket
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional
 
 from gradwise.autodiff.loss_curvature import CrossEntropy, LossScale
@@ -18,6 +14,7 @@ from gradwise.optim import EGN
 from gradwise.optim.egn import DECREASE, momentum_average, row_step
 from gradwise.training.closure import Closure, Objective, make_closure
 from gradwise.training.loop import drive
+from tests.processes import two_processes
 
 
 def eye(n):
@@ -758,11 +755,9 @@ def steps(model, options, shard):
     return vector(model), losses, optimizer.stats
 
 
-def worker(rank, port):
+def worker(rank):
     """All cases in one pair of processes, because starting one takes longer than all of them."""
     results = {}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     shard = slice(0, 5) if rank == 0 else slice(5, 8)  # of different length
     for name, options in CASES.items():
         results[rank, name] = steps(nn.parallel.DistributedDataParallel(network()), options, shard)
@@ -775,32 +770,12 @@ def worker(rank, port):
         refused = torch.equal(before, vector(replica))
     functional.mse_loss(replica(x), t).backward()  # the reducer still works
     results[rank, "nan"] = refused, replica.module[0].weight.grad
-    dist.destroy_process_group()
     return results
-
-
-def launch(rank, port, queue):
-    """Entry point of a process; arrays, because a queue of tensors needs the sender to stay alive."""
-    queue.put(torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.numpy(), worker(rank, port)))
 
 
 @pytest.mark.distributed
 def test_two_processes_make_the_step_of_one_on_the_joined_batch():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=launch, args=(rank, port, queue)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    results = {}
-    for _ in processes:
-        results.update(queue.get(timeout=180))
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    results = torch.utils._pytree.tree_map_only(np.ndarray, torch.from_numpy, results)
+    results = two_processes(worker)
     for name, options in CASES.items():
         weights, losses, stats = steps(network(), options, slice(None))
         for rank in range(2):

@@ -2,13 +2,10 @@ import copy
 import io
 import math
 import pickle
-import socket
 
 import pytest
 import torch
 from torch import nn
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional
 from torch.nn.utils import prune
 
@@ -35,6 +32,7 @@ from gradwise.optim.es_lottery.strategies import (
 )
 from gradwise.training.closure import Objective, make_closure
 from gradwise.training.loop import drive, fit
+from tests.processes import two_processes
 
 F64 = torch.float64
 each = pytest.mark.parametrize("strategy", list(STRATEGIES.values()), ids=list(STRATEGIES))
@@ -633,9 +631,7 @@ def test_bad_models_and_closures():
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 
-def worker(rank, port, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank):
     x, y = batch()
     found = {}
     for share in ("data", "population"):
@@ -645,26 +641,12 @@ def worker(rank, port, queue):
         for _ in range(4):
             drive(optimizer, asks(optimizer, model, mine))
         found[rank, share] = weights(model).tolist()
-    queue.put(found)
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.distributed
 def test_two_processes_are_one():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, queue)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    found = {}
-    for _ in processes:
-        found.update(queue.get(timeout=300))
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    found = two_processes(worker, timeout=300)
     model = network()
     optimizer = EvolutionOptimizer(model, popsize=9, antithetic=False, generator=0)
     for _ in range(4):

@@ -1,14 +1,11 @@
 import copy
 import importlib
 import math
-import socket
 
 import pytest
 from scipy.optimize import nnls
 import torch
 from torch import nn
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional
 
 from gradwise.base.counting import counting
@@ -16,6 +13,7 @@ from gradwise.optim import DualConeFISTA, JacobianDescent, UPGradWeighting, conf
 from gradwise.optim.jacobian_descent import dual_projection_weights, mean_weights, min_norm_weights
 from gradwise.training.closure import Objective, make_closure
 from gradwise.training.loop import drive
+from tests.processes import two_processes
 
 EXACT = UPGradWeighting(reg_eps=0.0)
 
@@ -468,9 +466,7 @@ def test_a_scaler_changes_nothing_and_skips_what_is_not_finite():
 # two processes
 
 
-def worker(rank, port, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank):
     found = {}
     for engine in ("auto", "dense"):
         model = network()
@@ -480,23 +476,12 @@ def worker(rank, port, queue):
         shard = slice(4 * rank, 4 * rank + 4)
         drive(optimizer, closure_for(replica, (x[shard], y[shard])))
         found[engine] = flat(model).tolist()
-    queue.put((rank, found))
-    dist.destroy_process_group()
+    return {rank: found}
 
 
 @pytest.mark.distributed
 def test_processes_weigh_their_own_losses_and_average():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, queue)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    results = dict(queue.get(timeout=180) for _ in processes)
-    for process in processes:
-        process.join(60)
+    results = two_processes(worker)
     x, y = batch(8)
     halves = [naive(jacobian(network(), (x[s], y[s]))) for s in (slice(0, 4), slice(4, 8))]
     expected = flat(network()) - (halves[0] + halves[1]) / 2

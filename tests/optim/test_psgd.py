@@ -1,14 +1,11 @@
 import copy
 import math
 import pickle
-import socket
 
 import pytest
 import torch
 from torch import nn
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-import torch.multiprocessing as mp
 from torch.nn import functional
 
 from gradwise.base.counting import counting
@@ -17,6 +14,7 @@ from gradwise.optim.psgd.groups import LRA, Dense, Diag, Kron, XMat
 from gradwise.optim.psgd.optimizer import DAMPING
 from gradwise.training.closure import Objective, make_closure
 from gradwise.training.loop import drive, needs_of
+from tests.processes import two_processes
 
 GROUPS = ("lra", "xmat", "kron", "dense", "diag")
 by_group = pytest.mark.parametrize("preconditioner", GROUPS)
@@ -505,9 +503,7 @@ def shards_alone(rank):
     return same
 
 
-def worker(rank, port, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank):
     results = {}
     for kind in ("newton", "whitening"):
         for preconditioner in ("lra", "kron"):
@@ -516,27 +512,12 @@ def worker(rank, port, queue):
             rounds(model, kind, preconditioner, slice(4 * rank, 4 * rank + 4), replica, update_prob=0.7)
             results[rank, kind, preconditioner] = flat(model.parameters()).tolist()
     results[rank, "fsdp"] = shards_alone(rank)
-    queue.put(results)
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def runs():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, queue)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    results = {}
-    for _ in processes:
-        results.update(queue.get(timeout=180))
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    return results
+    return two_processes(worker)
 
 
 @pytest.mark.distributed

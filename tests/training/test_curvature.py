@@ -1,12 +1,8 @@
 """Products with the Hessian, the Gauss-Newton matrix and the empirical Fisher matrix, against dense references."""
 
-import socket
-
 import pytest
 import torch
 from torch import nn
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional
 
 from gradwise.base.counting import counting
@@ -14,6 +10,7 @@ from gradwise.linalg.trees import flatten
 from gradwise.training.closure import Closure, Objective, make_closure
 from gradwise.training.curvature import KINDS, Curvature
 from gradwise.training.evaluation import Evaluations
+from tests.processes import two_processes
 
 LOSSES = {"cross_entropy": functional.cross_entropy, "mse": functional.mse_loss}
 
@@ -199,9 +196,8 @@ def test_bad_closures_and_arguments():
             Curvature(at, backward).linearise()
 
 
-def worker(rank, port, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank):
+    results = {}
     x, y = batch()
     shard = slice(3 * rank, 3 * rank + 3)
     for kind in KINDS:
@@ -212,18 +208,12 @@ def worker(rank, port, results):
                 value, g = work.linearise()
                 trial = work.evaluate(value)
                 results[rank, kind, micro] = (value, flatten(g)[0], columns(work), trial[0])
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.distributed
 def test_two_processes_see_the_joined_batch():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(worker, args=(port, results), nprocs=2)
-        found = dict(results)
+    found = two_processes(worker)
     model, (x, y) = network(), batch()
     loss = functional.cross_entropy(model(x), y)
     gradient = flatten(list(torch.autograd.grad(loss, list(model.parameters()))))[0]

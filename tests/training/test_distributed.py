@@ -1,18 +1,15 @@
 """Two processes over gloo: a distributed step is the step of one process on the joined batch."""
 
-import socket
-
 import pytest
 import torch
 from torch import nn
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional
 
 from gradwise.regularization import GAM, GradientRegularization
 from gradwise.training.closure import Objective, make_closure
 from gradwise.training.loop import drive
 from gradwise.training.sam import SAM
+from tests.processes import two_processes
 
 WRAPS = {
     "sgd": lambda base, **k: base,
@@ -45,10 +42,9 @@ def train(model, name, sync, shard=slice(None), micro=None, wrapped=None):
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-def worker(rank, port, results):
+def worker(rank):
     """All cases in one pair of processes, because starting one takes longer than all of them."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    results = {}
     shard = slice(4 * rank, 4 * rank + 4)
     for name in WRAPS:
         for sync in ("all", "final"):
@@ -59,7 +55,7 @@ def worker(rank, port, results):
                     found = train(model, name, sync, shard, micro, replica)
                     results[rank, name, sync, micro, view] = found
     results[rank, "nan"] = one_rank_is_not_finite(rank)
-    dist.destroy_process_group()
+    return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in results.items()}
 
 
 def one_rank_is_not_finite(rank):
@@ -86,30 +82,9 @@ def one_rank_is_not_finite(rank):
     return refused
 
 
-def launch(rank, port, queue):
-    """Entry point of a process; tensors travel as lists (a queue of tensors needs the sender to stay alive)."""
-    results = {}
-    worker(rank, port, results)
-    queue.put({key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in results.items()})
-
-
 @pytest.fixture(scope="module")
 def runs():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=launch, args=(rank, port, queue)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    results = {}
-    for _ in processes:
-        results.update(queue.get(timeout=180))
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    return results
+    return two_processes(worker)
 
 
 def close(values, reference, tolerance=1e-12):
