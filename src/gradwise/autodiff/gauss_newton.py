@@ -294,7 +294,7 @@ class OutputJacobian:
             found = [None if g is None else g[None] for g in one(0)]
         else:
             try:
-                with _quietly():
+                with quietly():
                     batch = torch.autograd.grad(
                         z, edges, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
                     )
@@ -351,7 +351,7 @@ class OutputJacobian:
 
         rows = [leaf for leaf, flag in zip(leaves, batched, strict=True) if flag]
         jacobian = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, *(0 for _ in rows)), randomness="error")
-        with _quietly():
+        with quietly():
             return jacobian(parameter.detach(), *rows).detach()
 
 
@@ -564,7 +564,7 @@ def _ggn(
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """An operation that can only be vectorised by a loop is slower, which is no reason to warn."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)

@@ -127,36 +127,36 @@ class CrossEntropy:
 
     def value(self, z: Float[Tensor, "b c"], t: Any) -> Float[Tensor, " b"]:
         """The loss of every row."""
-        log_p = torch.log_softmax(_wide(z), 1)
+        log_p = torch.log_softmax(widened(z), 1)
         target = self._target(z, t)
         return -torch.where(target > 0, target * log_p, torch.zeros_like(log_p)).sum(1)
 
     def grad(self, z: Float[Tensor, "b c"], t: Any) -> Float[Tensor, "b c"]:
         """w p - t."""
         target = self._target(z, t)
-        return target.sum(1, keepdim=True) * torch.softmax(_wide(z), 1) - target
+        return target.sum(1, keepdim=True) * torch.softmax(widened(z), 1) - target
 
     def hess_mul(self, z: Float[Tensor, "b c"], t: Any, v: Float[Tensor, "... b c"]) -> Float[Tensor, "... b c"]:
         """w (p v - p (p'v))."""
-        p = torch.softmax(_wide(z), 1)
+        p = torch.softmax(widened(z), 1)
         weighted = p * v
         return self._mass(z, t) * (weighted - p * weighted.sum(-1, keepdim=True))
 
     def sqrt_mul(self, z: Float[Tensor, "b c"], t: Any, u: Float[Tensor, "... b c"]) -> Float[Tensor, "... b c"]:
         """sqrt(w) q (u - q (q'u))."""
-        q = torch.exp(0.5 * torch.log_softmax(_wide(z), 1))
+        q = torch.exp(0.5 * torch.log_softmax(widened(z), 1))
         return self._mass(z, t).sqrt() * q * (u - q * (q * u).sum(-1, keepdim=True))
 
     def sqrt_mul_t(self, z: Float[Tensor, "b c"], t: Any, v: Float[Tensor, "... b c"]) -> Float[Tensor, "... b c"]:
         """sqrt(w) (I - q q') (q v)."""
-        q = torch.exp(0.5 * torch.log_softmax(_wide(z), 1))
+        q = torch.exp(0.5 * torch.log_softmax(widened(z), 1))
         scaled = q * v
         return self._mass(z, t).sqrt() * (scaled - q * (q * scaled).sum(-1, keepdim=True))
 
     def whitened(self, z: Float[Tensor, "b c"], t: Any) -> Tensor | None:
         """rho, or None when a target has a probability below 1e-12 (or no mass)."""
         target, root = self._target(z, t), self._mass(z, t).sqrt()
-        q = torch.exp(0.5 * torch.log_softmax(_wide(z), 1))
+        q = torch.exp(0.5 * torch.log_softmax(widened(z), 1))
         wanted = target > 0
         if bool(((q.square() < TINY_PROBABILITY) & wanted).any()) or not bool((root > 0).all()):
             return None
@@ -176,7 +176,7 @@ class CrossEntropy:
             t = F.one_hot(t.long(), z.shape[1])
         elif t.shape != z.shape:
             raise ValueError(f"probabilities must have the outputs' shape {list(z.shape)}, got {list(t.shape)}.")
-        t = t.to(_wide(z).dtype)
+        t = t.to(widened(z).dtype)
         if self.label_smoothing:
             t = t * (1 - self.label_smoothing) + self.label_smoothing / z.shape[1]
         return t
@@ -192,11 +192,11 @@ class BinaryCrossEntropy:
 
     def value(self, z: Float[Tensor, "b c"], t: Any) -> Float[Tensor, " b"]:
         """The loss of every row."""
-        return F.binary_cross_entropy_with_logits(_wide(z), _target_like(z, t), reduction="none").mean(1)
+        return F.binary_cross_entropy_with_logits(widened(z), _target_like(z, t), reduction="none").mean(1)
 
     def grad(self, z: Float[Tensor, "b c"], t: Any) -> Float[Tensor, "b c"]:
         """(sigmoid(z) - t)/c."""
-        return (torch.sigmoid(_wide(z)) - _target_like(z, t)) / z.shape[1]
+        return (torch.sigmoid(widened(z)) - _target_like(z, t)) / z.shape[1]
 
     def hess_mul(self, z: Float[Tensor, "b c"], t: Any, v: Float[Tensor, "... b c"]) -> Float[Tensor, "... b c"]:
         """sigmoid(z) sigmoid(-z) v / c."""
@@ -219,7 +219,7 @@ class BinaryCrossEntropy:
         return torch.where(saturated, torch.zeros_like(residual), residual / diagonal.sqrt())
 
     def _diagonal(self, z: Tensor) -> Tensor:
-        z = _wide(z)
+        z = widened(z)
         return torch.sigmoid(z) * torch.sigmoid(-z) / z.shape[1]
 
 
@@ -260,7 +260,7 @@ def as_rows(z: Any) -> Float[Tensor, "b c"]:
 
 
 def _residual(z: Tensor, t: Any) -> Tensor:
-    return _wide(z) - _target_like(z, t)
+    return widened(z) - _target_like(z, t)
 
 
 def _target_like(z: Tensor, t: Any) -> Tensor:
@@ -271,8 +271,9 @@ def _target_like(z: Tensor, t: Any) -> Tensor:
         if not t.ndim or len(t) != len(z) or t.numel() != z.numel():
             raise ValueError(f"targets must have the outputs' shape {list(z.shape)}, got {list(t.shape)}.")
         t = t.reshape(z.shape)
-    return t.to(_wide(z).dtype)
+    return t.to(widened(z).dtype)
 
 
-def _wide(z: Tensor) -> Tensor:
+def widened(z: Tensor) -> Tensor:
+    """Half precision as float32, in which sums and exponentials are taken."""
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z

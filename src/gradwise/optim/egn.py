@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from gradwise.autodiff.context import Buffers, RandomState
 from gradwise.autodiff.gauss_newton import OutputJacobian, recorded
-from gradwise.autodiff.loss_curvature import CrossEntropy, LossCurvature, LossScale, as_rows, loss_curvature
+from gradwise.autodiff.loss_curvature import CrossEntropy, LossCurvature, LossScale, as_rows, loss_curvature, widened
 from gradwise.base.checks import require_choice, require_count, require_positive, require_range
 from gradwise.base.counting import count
 from gradwise.linalg import trees
@@ -388,11 +388,7 @@ class EGN(MethodOptimizer):
         for name, part in self.model.named_modules():
             if getattr(part, "sparse", False):
                 raise RuntimeError(f"sparse gradients are not supported: build layer {name!r} with sparse=False.")
-            rate = getattr(part, "p", 0.0) if isinstance(part, nn.modules.dropout._DropoutNd) else 0.0
-            rate = rate or (
-                getattr(part, "dropout", 0.0) if isinstance(part, nn.MultiheadAttention | nn.RNNBase) else 0
-            )
-            if self.randomness == "error" and part.training and rate:
+            if self.randomness == "error" and part.training and _dropout_rate(part):
                 raise ValueError(
                     f"dropout {name!r} is active: the step belongs to one thinned network; call model.eval(), or pass "
                     "randomness='same' to use one mask per step."
@@ -458,7 +454,7 @@ class _Batch:
         self.weights = [reference / float(group["damping"]) for group in self.groups]
 
         self._mine = self._sizes(len(self.jacobian.z))
-        self.z = self.gather(_wide(self.jacobian.z.detach()), 0)
+        self.z = self.gather(widened(self.jacobian.z.detach()), 0)
         self.t = pytree.tree_map(lambda x: self.gather(x, 0) if isinstance(x, Tensor) and x.ndim else x, t)
         self.exact = self.loss.value(self.z, self.t).detach().double().mean()
         self.value = self.exact.to(self.z.dtype)
@@ -523,7 +519,7 @@ class _Batch:
         with self._moved(move, share), self._replayed():
             z, t = _pair(self.closure())
             z = as_rows(z) if self.optimizer.outputs == "all" else _true_class(z, t)
-            values = self.loss.value(_wide(z), t).double()
+            values = self.loss.value(widened(z), t).double()
         return self.gather(values, 0).mean()
 
     def apply(self, move: list[Tensor], share: float) -> None:
@@ -652,7 +648,7 @@ def _true_class(z: Tensor, t: Any) -> Float[Tensor, "b 1"]:
     """log p of the right class; differentiable."""
     if not isinstance(t, Tensor) or t.is_floating_point() or t.shape != z.shape[:1]:
         raise ValueError("outputs='true_class' needs classes, integers of shape [b].")
-    return torch.log_softmax(_wide(z), 1).gather(1, t.long()[:, None])
+    return torch.log_softmax(widened(z), 1).gather(1, t.long()[:, None])
 
 
 def _columns(apply: Callable[..., Tensor], z: Tensor, t: Any, K: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -673,7 +669,3 @@ def _transposed_root(loss: Any) -> Callable[..., Tensor]:
         return torch.func.vjp(lambda u: loss.sqrt_mul(z, t, u), torch.zeros_like(v))[1](v)[0]
 
     return transposed
-
-
-def _wide(z: Tensor) -> Tensor:
-    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradwise.base.checks import require_choice, require_positive
-from gradwise.training.direct import GradientOptimizer, States
+from gradwise.training.direct import GradientOptimizer, States, wide_dtype
 
 
 class INNAprop(GradientOptimizer):
@@ -155,13 +155,12 @@ class INNAprop(GradientOptimizer):
 
     def _start(self, parameter: Tensor, state: dict[str, Any], weight: float) -> None:
         real = torch.view_as_real(parameter) if parameter.is_complex() else parameter
-        dtype = torch.float32 if real.dtype in (torch.float16, torch.bfloat16) else real.dtype
         state["step"] = 0
-        state["exp_avg_sq"] = torch.zeros_like(real, dtype=dtype, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(real, dtype=wide_dtype(real), memory_format=torch.preserve_format)
         if self.form == "momentum":
             state["momentum_buffer"] = torch.zeros_like(state["exp_avg_sq"])
         else:
-            state["psi"] = real.detach().to(dtype) * weight
+            state["psi"] = real.detach().to(wide_dtype(real)) * weight
 
 
 def _plain(values: np.ndarray) -> Any:

@@ -16,8 +16,7 @@ by zero (their ``norm_eps=1e-4`` turns UPGrad into the mean once gradients are s
 is accumulated layer by layer where the losses are those of single examples, and this is checked rather than assumed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradwise.autodiff.conflict import ConflictReport, conflict_report
-from gradwise.autodiff.gauss_newton import recorded
+from gradwise.autodiff.gauss_newton import quietly, recorded
 from gradwise.base.checks import require_choice, require_count, require_extra, require_positive
 from gradwise.base.counting import count
 from gradwise.linalg.dual_cone import dual_cone, gramian, nonnegative_qp
@@ -453,7 +452,7 @@ def _rows(losses: Float[Tensor, " m"], params: Sequence[Tensor]) -> list[Tensor]
     parts = []
     for block in eye.split(ROWS):
         try:
-            with _quietly():
+            with quietly():
                 found = torch.autograd.grad(
                     losses, params, block, retain_graph=True, allow_unused=True, is_grads_batched=True
                 )
@@ -490,11 +489,3 @@ def _numbers(info: StepInfo) -> dict[str, float]:
         "conflict_fraction": info.conflict_fraction,
         "min_inner": info.min_inner,
     }
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """An operation that is vectorised by a loop is slower, which is no reason to warn."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-        yield

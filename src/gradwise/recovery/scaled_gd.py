@@ -17,7 +17,6 @@ from dataclasses import replace
 import math
 from typing import Any, ClassVar
 
-from jaxtyping import Float
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from gradwise.recovery._loop import (
     parts,
     zero_result,
 )
+from gradwise.recovery._preconditioner import precondition
 from gradwise.training.closure import Needs
 from gradwise.training.optimizer import WrappingOptimizer
 
@@ -41,15 +41,6 @@ FLOOR = 1e-8  # smallest damping over the spectral scale
 SANE = (1e-3, 10.0)  # damping over the smallest learned eigenvalue outside of which a fixed one is doubtful
 HIGHEST = 1e16  # loss over that of zero that no run comes back from
 LEARNED = 1e-3  # share of the largest eigenvalue from which one counts as learned
-
-
-def precondition(
-    gradient: Float[Tensor, "*b n r"], factor: Float[Tensor, "*b p r"], damping: float
-) -> Float[Tensor, "*b n r"]:
-    """gradient (factor' factor + damping I)^(-1), by a solve."""
-    gram = factor.mT @ factor
-    gram.diagonal(dim1=-2, dim2=-1).add_(damping)
-    return torch.linalg.solve_ex(gram, gradient.mT).result.mT
 
 
 def scaled_gd(

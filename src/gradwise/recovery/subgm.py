@@ -35,7 +35,6 @@ from gradwise.base.checks import (
 from gradwise.base.random import generator_from
 from gradwise.base.results import Report
 from gradwise.linalg.measurements import Measurements, symmetrised
-from gradwise.linalg.solvers import spd_solve
 from gradwise.recovery._init import spectral_sign_init
 from gradwise.recovery._loop import (
     Factor,
@@ -48,6 +47,7 @@ from gradwise.recovery._loop import (
     parts,
     zero_result,
 )
+from gradwise.recovery._preconditioner import precondition
 
 STEPS = {"geometric": 0.3, "normalised": 0.15, "loss": 0.3}
 STALLED = 0.01  # share of the first loss above which a "loss" schedule has not converged
@@ -150,6 +150,9 @@ def subgradient_method(
     rho = final_step_ratio ** (1 / max_iter)
     reference = float(absolute(problem.y))
 
+    def damped(D: Tensor, factor: Tensor) -> Tensor:
+        return D if damping is None else precondition(D, factor / math.sqrt(size), damping)
+
     def update(state: State) -> Factor:
         eta = first * state.loss / reference if schedule == "loss" else first * rho**state.iter
         Q = direction(problem, state.residual)
@@ -157,9 +160,9 @@ def subgradient_method(
             eta /= max(float(torch.linalg.matrix_norm(Q)), torch.finfo(Q.dtype).tiny)
         state.info["step"] = eta
         if symmetric:
-            return state.factor - 2 * eta * _damped(Q @ state.factor, state.factor, damping, size)
+            return state.factor - 2 * eta * damped(Q @ state.factor, state.factor)
         L, R = state.factor
-        return L - 2 * eta * _damped(Q @ R, R, damping, size), R - 2 * eta * _damped(Q.mT @ L, L, damping, size)
+        return L - 2 * eta * damped(Q @ R, R), R - 2 * eta * damped(Q.mT @ L, L)
 
     result = factor_loop(
         problem,
@@ -193,24 +196,15 @@ def direction(problem: MatrixProblem, residual: Float[Tensor, " m"]) -> Float[Te
 def _start(
     problem: MatrixProblem, init: str, init_scale: float, size: float, x0: Any, generator: torch.Generator | None
 ) -> Factor:
-    if x0 is not None or init == "random":
-        start = problem.start(init_scale, x0, generator)
-        if x0 is not None:
-            return start
+    if x0 is not None:
+        return problem.start(init_scale, x0, generator)
+    if init == "random":
+        start = problem.start(init_scale, None, generator)
     else:
         start = spectral_sign_init(problem.measurements, problem.y, problem.rank, symmetric=problem.symmetric)
     length = float(torch.linalg.matrix_norm(parts(start)[0], ord=2))
     scaled = tuple(part * (init_scale * math.sqrt(size) / length) for part in parts(start))
     return scaled if isinstance(start, tuple) else scaled[0]
-
-
-def _damped(D: Tensor, factor: Tensor, damping: float | None, size: float) -> Tensor:
-    """D (U'U/size + damping I)^-1."""
-    if damping is None:
-        return D
-    gram = factor.mT @ factor / size
-    gram.diagonal().add_(damping)
-    return spd_solve(gram, D.mT)[0].mT
 
 
 @dataclass(frozen=True, kw_only=True)

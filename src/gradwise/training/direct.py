@@ -207,7 +207,9 @@ class DirectOptimizer(_ExactState):
         tensors = [t for tensors in lists for t in tensors if t.numel()]
         if not tensors:
             return
-        total = torch.stack([torch.linalg.vector_norm(t, float("inf"), dtype=_wide(t)).float() for t in tensors]).max()
+        total = torch.stack(
+            [torch.linalg.vector_norm(t, float("inf"), dtype=wide_dtype(t)).float() for t in tensors]
+        ).max()
         if dist.is_initialized() and isinstance(self.model, nn.parallel.DistributedDataParallel):
             total = torch.where(torch.isfinite(total), total, torch.inf)
             dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.model.process_group)
@@ -226,7 +228,8 @@ class DirectOptimizer(_ExactState):
         return at.of_active([value for group, value in pairs for _ in group["params"]])
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The type in which numbers of ``x`` are kept and added up: float32 for half precision, else its own."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 

@@ -25,7 +25,7 @@ from gradwise.base.random import generator_from
 from gradwise.linalg import trees
 from gradwise.optim.psgd.groups import LRA, NORMALIZERS, Dense, Diag, Kron, Preconditioner, XMat
 from gradwise.training.closure import Needs
-from gradwise.training.direct import DirectOptimizer, GradientOptimizer, States
+from gradwise.training.direct import DirectOptimizer, GradientOptimizer, States, wide_dtype
 from gradwise.training.evaluation import TINY, Evaluations
 
 PRECONDITIONERS = ("lra", "xmat", "kron", "dense", "diag")
@@ -315,7 +315,7 @@ class PSGD(GradientOptimizer, DirectOptimizer):
             like = alike[0]
             sizes = [p.numel() for p in alike]
             draw = torch.randn(
-                sum(sizes), generator=self._stream(like.device), dtype=_wide(like), device=like.device
+                sum(sizes), generator=self._stream(like.device), dtype=wide_dtype(like), device=like.device
             ).to(like.dtype)
             found.update({id(p): part.view(p.shape) for p, part in zip(alike, draw.split(sizes), strict=True)})
         return [found[id(p)] for p in params]
@@ -346,7 +346,7 @@ class PSGD(GradientOptimizer, DirectOptimizer):
         local = [_local(p) for p in members]
         d = sum(p.numel() for p in local)
         options = {
-            "dtype": _wide(local[0]),
+            "dtype": wide_dtype(local[0]),
             "device": local[0].device,
             "generator": self.generator,
             "state": state,
@@ -393,13 +393,13 @@ class _Block:
         """1 on entries of members that are in ``given``, else 0; ``None`` when all are."""
         if all(id(p) in given for p in self.members):
             return None
-        marks = [torch.full_like(_local(p), float(id(p) in given), dtype=_wide(p)) for p in self.members]
+        marks = [torch.full_like(_local(p), float(id(p) in given), dtype=wide_dtype(p)) for p in self.members]
         return torch.cat([mark.reshape(-1) for mark in marks])
 
     def join(self, given: ById) -> Tensor:
         """The members' entries of ``given`` as one vector, zero where there is none."""
         parts = [given[id(p)] if id(p) in given else torch.zeros_like(_local(p)) for p in self.members]
-        return torch.cat([part.reshape(-1) for part in parts]).to(_wide(self.members[0]))
+        return torch.cat([part.reshape(-1) for part in parts]).to(wide_dtype(self.members[0]))
 
     def split(self, vector: Tensor) -> dict[int, Tensor]:
         """The vector's parts by id of the member, in their shapes."""
@@ -419,7 +419,3 @@ def _alike(params: Sequence[Tensor]) -> list[list[Tensor]]:
 def _local(x: Any) -> Tensor:
     """This process's shard of a sharded tensor, the tensor itself otherwise."""
     return x.to_local() if hasattr(x, "to_local") else x
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
