@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from gradwise.autodiff.loss_curvature import LossCurvature, as_rows, loss_curvature
-from gradwise.autodiff.products import _SymmetricOperator
+from gradwise.autodiff.products import SymmetricOperator
 from gradwise.base.checks import require_choice
 from gradwise.base.counting import count
 from gradwise.linalg.operators import Operator
@@ -59,7 +59,7 @@ def ggn_operator(fn: Callable[[Any], Tensor], loss: Any, x: Any, targets: Any) -
     """
     flat, unflatten = flatten(x)
     product = _ggn(fn, loss, flat.detach(), unflatten, targets)
-    return _SymmetricOperator(product, flat.numel(), flat.dtype, flat.device)
+    return SymmetricOperator(product, flat.numel(), flat.dtype, flat.device)
 
 
 def gramian(

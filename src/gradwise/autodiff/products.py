@@ -88,10 +88,10 @@ def hessian_operator(
         def product(v: Tensor) -> Tensor:
             return flatten(hvp(loss, x, unflatten(v.to(flat.dtype)), mode=mode, radius=radius))[0]
 
-    return _SymmetricOperator(product, flat.numel(), flat.dtype, flat.device)
+    return SymmetricOperator(product, flat.numel(), flat.dtype, flat.device)
 
 
-class _SymmetricOperator:
+class SymmetricOperator:
     """A symmetric operator from a product with one vector; leading axes are looped over."""
 
     def __init__(self, product: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -101,12 +101,14 @@ class _SymmetricOperator:
         self.device = device
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+        """The product with each vector."""
         if x.ndim == 1:
             return self.product(x)
         rows = [self.product(row) for row in x.reshape(-1, x.shape[-1])]
         return torch.stack(rows).reshape(x.shape)
 
     def rmatvec(self, y: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+        """The same: the operator is symmetric."""
         return self.matvec(y)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwise.autodiff.loss_curvature import loss_curvature
-from gradwise.autodiff.products import _SymmetricOperator
+from gradwise.autodiff.products import SymmetricOperator
 from gradwise.base.arrays import as_tensor
 from gradwise.base.checks import (
     require_choice,
@@ -749,7 +749,7 @@ class _Function:
             )
             return found.detach()
 
-        return _SymmetricOperator(product, leaf.numel(), leaf.dtype, leaf.device)
+        return SymmetricOperator(product, leaf.numel(), leaf.dtype, leaf.device)
 
 
 _ASKS = {"loss": "the loss (and calls no backward)", "outputs": "outputs and targets"}

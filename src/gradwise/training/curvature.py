@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gradwise.autodiff.loss_curvature import LossCurvature, as_rows, loss_curvature
-from gradwise.autodiff.products import _SymmetricOperator
+from gradwise.autodiff.products import SymmetricOperator
 from gradwise.base.checks import require_choice
 from gradwise.base.counting import count
 from gradwise.linalg.operators import Operator
@@ -93,7 +93,7 @@ class Curvature:
         if self._single:
             if self._term is None or self._versions != self._now():
                 count(gradient=1)
-                with self.at._evaluation(self.closure):  # leaving it may put buffers back, which the graph would notice
+                with self.at.evaluation(self.closure):  # leaving it may put buffers back, which the graph would notice
                     term = self._graph(self.closure.shares[0])
                     self._keep(term)
                     total = self._times(term, v)
@@ -102,11 +102,11 @@ class Curvature:
         else:
             count(gradient=1)
             total = [torch.zeros_like(p) for p in self.at.active]
-            with self.at._evaluation(self.closure):
+            with self.at.evaluation(self.closure):
                 for share in self.closure.shares:
                     torch._foreach_add_(total, self._times(self._graph(share), v))
-        if self.at._replicas and self.at.sync == "all":
-            total = self.at._averaged(total)
+        if self.at.replicas and self.at.sync == "all":
+            total = self.at.averaged(total)
         return total
 
     def operator(self) -> Operator:
@@ -117,7 +117,7 @@ class Curvature:
         def product(v: Tensor) -> Tensor:
             return flatten(self.product(unflatten(v)))[0].to(dtype)
 
-        return _SymmetricOperator(product, flat.numel(), dtype, flat.device)
+        return SymmetricOperator(product, flat.numel(), dtype, flat.device)
 
     def release(self) -> None:
         """Let go of the graph."""
@@ -129,7 +129,7 @@ class Curvature:
         at = self.at
         total: list[Tensor] | None = None
         losses, rows = [], 0.0
-        with at._evaluation(self.closure):
+        with at.evaluation(self.closure):
             targets = at.active
             for share in self.closure.shares:
                 term = self._graph(share, differentiate=False)
@@ -154,7 +154,7 @@ class Curvature:
             found: list[Tensor | None] = []
             for g, absent in zip(total, missing, strict=True):
                 found.append(None if absent else g / rows if rows else g.clone())
-            gradient = at._finished(found, [loss / rows if rows else loss for loss in losses], average=True)
+            gradient = at.finished(found, [loss / rows if rows else loss for loss in losses], average=True)
         count(gradient=1)
         if keep and self._single:
             self._keep(term)
@@ -173,8 +173,8 @@ class Curvature:
             term.rows, term.targets = as_rows(answer[0]), answer[1]
             return self.loss.value(term.rows, term.targets).sum()
 
-        with self.at._no_sync(True), torch.enable_grad():
-            term.loss = self.at._loss(scalar)
+        with self.at.no_sync(True), torch.enable_grad():
+            term.loss = self.at.checked(scalar)
         if differentiate and self.kind == "hessian":
             self._differentiate(term, create=True)
         return term
@@ -195,7 +195,7 @@ class Curvature:
 
     def _keep(self, term: _Term) -> None:
         if self.kind == "hessian" and len(term.gradient) != len(self.at.active):  # made before what is active was known
-            partner = {id(p): g for p, g in zip(self.at._trainable, term.gradient, strict=True)}
+            partner = {id(p): g for p, g in zip(self.at.trainable, term.gradient, strict=True)}
             term.gradient = tuple(partner[id(p)] for p in self.at.active)
         self._term, self._versions = term, self._now()
 
@@ -205,8 +205,8 @@ class Curvature:
 
     def _mean(self, losses: list[Tensor], rows: float) -> float:
         mean = torch.stack(losses).sum() / rows if rows else torch.stack(losses).sum()
-        if self.at._replicas and self.at.sync == "all":
-            (mean,) = self.at._averaged([mean])
+        if self.at.replicas and self.at.sync == "all":
+            (mean,) = self.at.averaged([mean])
         return float(mean)
 
     # one product

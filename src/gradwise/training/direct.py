@@ -6,7 +6,7 @@ closure and evaluates it as often as it likes (gradients elsewhere, curvature pr
 :meth:`~DirectOptimizer.displacement`. Both refuse what is not finite before anything is changed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,39 +16,15 @@ import torch.distributed as dist
 
 from gradwise.base.checks import require_choice
 from gradwise.linalg import trees
-from gradwise.training.closure import Needs, as_closure
+from gradwise.training.closure import Closure, Needs
 from gradwise.training.evaluation import Evaluations
-from gradwise.training.optimizer import MethodOptimizer, Sync
+from gradwise.training.optimizer import EvaluatingOptimizer, MethodOptimizer, Sync
 
 States = list[dict[str, Any]]
 CACHE_BYTES = 2**20  # of weights in one call on a CPU; an update touches about five times as much
 
 
-class _ExactState(MethodOptimizer):
-    """Loads state in the types it was saved in; PyTorch would cast it to those of the parameters."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As :meth:`MethodOptimizer.load_state_dict`, keeping float32 state of half-precision parameters."""
-        super().load_state_dict(state_dict)
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for key, parameter in zip(keys, parameters, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[parameter][name].dtype:
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
-
-    def name_of(self, parameter: Tensor) -> str:
-        """The parameter's name where the groups have names, else its position and shape, for messages."""
-        for number, group in enumerate(self.param_groups):
-            for index, p in enumerate(group["params"]):
-                if p is parameter:
-                    if "param_names" in group:
-                        return f"parameter {group['param_names'][index]!r}"
-                    return f"parameter {index} of group {number} (shape {list(p.shape)})"
-        return f"a parameter of shape {list(parameter.shape)}"
-
-
-class GradientOptimizer(_ExactState):
+class GradientOptimizer(MethodOptimizer):
     """Base of methods that step from ``.grad``: ``loss.backward(); optimizer.step()``.
 
     Args:
@@ -132,7 +108,7 @@ class GradientOptimizer(_ExactState):
             )
 
 
-class DirectOptimizer(_ExactState):
+class DirectOptimizer(EvaluatingOptimizer):
     """Base of methods that evaluate a closure themselves: ``loss = optimizer.step(closure)``.
 
     Args:
@@ -146,8 +122,6 @@ class DirectOptimizer(_ExactState):
 
     ``.grad`` of the parameters is set aside during a step and given back unchanged.
     """
-
-    needs: ClassVar[Needs] = "loss"
 
     def __init__(
         self,
@@ -179,28 +153,16 @@ class DirectOptimizer(_ExactState):
         ``FloatingPointError`` when an evaluation or the displacement is not finite: weights are then put back bit for
         bit, and ``stats["skipped"]`` counts such steps.
         """
-        if closure is None:
-            raise TypeError(
-                f"{type(self).__name__}.step needs a closure that returns the loss (and calls no backward)."
-            )
-        closure = as_closure(closure, self.needs)
-        self.check_groups()
-        skipped, own = self.stats.get("skipped", 0.0), dict(self.stats)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        model = self.model if self.model is not None else closure.module
-        with Evaluations(parameters, model=model, fix_rng=self.fix_rng, sync=self.sync) as at:
-            try:
-                moves = list(self.displacement(at, closure))
-                at.write(moves)
-            except FloatingPointError:
-                self.stats = {**own, **at.stats, "skipped": skipped + 1}
-                raise
-            if at._replicas and self.sync == "final":
-                moves = [p.grad for p in at.active if p.grad is not None]  # averaged over the processes
-            if moves:
-                torch._foreach_add_(at.active, moves)
-            self.stats = {**self.stats, **at.stats, "skipped": skipped}
-            return at.loss
+        return self.evaluate(closure, self._move)
+
+    def _move(self, at: Evaluations, closure: Closure) -> bool:
+        moves = list(self.displacement(at, closure))
+        at.write(moves)
+        if at.replicas and self.sync == "final":
+            moves = [p.grad for p in at.active if p.grad is not None]  # averaged over the processes
+        if moves:
+            torch._foreach_add_(at.active, moves)
+        return True
 
     def require_finite(self, *lists: Sequence[Tensor], what: str = "an evaluation") -> None:
         """Raise ``FloatingPointError`` unless all tensors of all ``lists`` are finite; on all processes alike."""
@@ -215,17 +177,6 @@ class DirectOptimizer(_ExactState):
             dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.model.process_group)
         if not np.isfinite(float(total)):
             raise FloatingPointError(f"{what} is not finite: weights and state are unchanged, no step was made.")
-
-    def scalar(self, at: Evaluations, name: str) -> Any:
-        """Hyper-parameter ``name``: a float, or where groups differ a NumPy array with one entry per active parameter.
-
-        Ask after the first evaluation, which decides what is active. Arithmetic reads the same for both.
-        """
-        values = [group.get(name, self.defaults[name]) for group in self.param_groups]
-        if all(value == values[0] for value in values):
-            return float(values[0])
-        pairs = zip(self.param_groups, values, strict=True)
-        return at.of_active([value for group, value in pairs for _ in group["params"]])
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

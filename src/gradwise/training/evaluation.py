@@ -45,7 +45,8 @@ class Evaluations:
     Attributes:
         loss, last_loss: the first and the latest evaluation's loss, detached.
         first_norm: the first gradient's norm.
-        active: the parameters that have a gradient.
+        trainable, active: the parameters that can have a gradient, and those that have one.
+        replicas: whether the model is a ``DistributedDataParallel``.
         stats: ``loss`` and ``grad_norm`` of the first evaluation, ``direction_norm``; filled by :meth:`write`.
 
     >>> weight = torch.tensor([3.0, 4.0], requires_grad=True)
@@ -67,11 +68,11 @@ class Evaluations:
         scaler: Any = None,
     ) -> None:
         self._all = list(params)
-        self._trainable = [p for p in self._all if p.requires_grad]
+        self.trainable = [p for p in self._all if p.requires_grad]
         self.model, self.fix_rng, self.sync, self.scaler = model, fix_rng, sync, scaler
         self._scaled = scaler is not None and scaler.is_enabled()
-        self._replicas = isinstance(model, nn.parallel.DistributedDataParallel)
-        self.active: list[Tensor] = self._trainable
+        self.replicas = isinstance(model, nn.parallel.DistributedDataParallel)
+        self.active: list[Tensor] = self.trainable
         self.loss: Tensor = torch.zeros(())
         self.last_loss: Tensor = self.loss
         self.first_norm: Tensor = self.loss
@@ -86,7 +87,7 @@ class Evaluations:
 
     def __enter__(self) -> "Evaluations":
         self._grads = [(p, p.grad) for p in self._all]
-        if self._replicas and self.sync == "all" and self.model is not None:
+        if self.replicas and self.sync == "all" and self.model is not None:
             own = {id(p) for p in self._all}
             self._grads += [(p, p.grad) for p in self.model.parameters() if id(p) not in own]
         for p, _ in self._grads:
@@ -113,14 +114,14 @@ class Evaluations:
         receives a gradient.
         """
         closure = as_closure(closure)
-        synced = self._replicas and self.sync == "all"
-        with self._evaluation(closure):
+        synced = self.replicas and self.sync == "all"
+        with self.evaluation(closure):
             total: list[Tensor | None] = [None] * len(self.active)
             losses = []
             for number, share in enumerate(closure.shares, start=1):
                 local = not synced or number < len(closure.shares)
-                with self._no_sync(local), torch.enable_grad():
-                    loss = self._loss(share)
+                with self.no_sync(local), torch.enable_grad():
+                    loss = self.checked(share)
                     losses.append(loss.detach())
                     if synced:
                         self._scale(loss).backward()
@@ -130,7 +131,7 @@ class Evaluations:
             if synced:
                 total = self._taken()
         count(gradient=1)
-        return self._finished(total, losses)
+        return self.finished(total, losses)
 
     def curvature(
         self, closure: Any, vector: Callable[[list[Tensor]], list[Tensor]]
@@ -142,17 +143,17 @@ class Evaluations:
         """
         closure = as_closure(closure)
         if len(closure.shares) == 1:
-            with self._evaluation(closure):
+            with self.evaluation(closure):
                 loss, graph = self._graph(closure.shares[0])
                 targets = self.active
                 copies = [None if g is None else g.detach().clone() for g in graph]
-                gradient = self._finished(copies, [loss], average=True)
+                gradient = self.finished(copies, [loss], average=True)
                 product = self._differentiated(graph, targets, vector(gradient))
             count(gradient=1)
         else:
             gradient = self.gradient(closure)
             v = vector(gradient)
-            with self._evaluation(closure):
+            with self.evaluation(closure):
                 product = self._differentiated(self._graph(closure.shares[0])[1], self.active, v)
                 for share in closure.shares[1:]:
                     torch._foreach_add_(product, self._differentiated(self._graph(share)[1], self.active, v))
@@ -160,7 +161,7 @@ class Evaluations:
         if self._scaled and product:
             torch._foreach_mul_(product, 1.0 / float(self.scaler.get_scale()))
         count(hvp=1)
-        return gradient, self._averaged(product) if self._replicas and self.sync == "all" else product
+        return gradient, self.averaged(product) if self.replicas and self.sync == "all" else product
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Euclidean norm over all active parameters (float32 for half precision)."""
@@ -216,8 +217,8 @@ class Evaluations:
         """
         self.restore()
         direction = list(direction)
-        if self._replicas and self.sync == "final":
-            direction = self._averaged(direction)
+        if self.replicas and self.sync == "final":
+            direction = self.averaged(direction)
         finite = self._judge(direction)
         if not finite and not self._scaled:
             raise FloatingPointError(
@@ -246,13 +247,13 @@ class Evaluations:
             base_optimizer.step()
         return finite
 
-    # parts of an evaluation
+    # parts of an evaluation, for engines that need more than gradients (gradwise.training.curvature)
 
     @contextmanager
-    def _evaluation(self, closure: Closure) -> Iterator[None]:
+    def evaluation(self, closure: Closure) -> Iterator[None]:
         """The first evaluation runs as it is; later ones see its random state, and their buffers are put back."""
         first = self._done == 0
-        streams = {p.device for p in self._trainable}
+        streams = {p.device for p in self.trainable}
         if first and self.fix_rng:
             self._random = RandomState(streams, closure.generators)
         after = self._random.again() if not first and self._random is not None else None
@@ -268,14 +269,15 @@ class Evaluations:
             if not first and self._buffers is not None:
                 self._buffers.restore()
 
-    def _loss(self, share: Callable[[], Any]) -> Tensor:
+    def checked(self, share: Callable[[], Any]) -> Tensor:
+        """The loss of one share, after the checks that :meth:`gradient` lists."""
         loss = share()
         if not isinstance(loss, Tensor):
             raise TypeError(f"the closure must return the loss as a tensor, got {type(loss).__name__}.")
         if loss.numel() != 1:
             raise ValueError(f"the closure must return a scalar loss, got shape {list(loss.shape)}.")
-        if any(p.grad is not None for p in self._trainable) and not self._expects_grad:
-            for p in self._trainable:
+        if any(p.grad is not None for p in self.trainable) and not self._expects_grad:
+            for p in self.trainable:
                 p.grad = None
             raise RuntimeError(
                 "the closure called backward; it must only return the loss (the optimiser differentiates)."
@@ -286,17 +288,16 @@ class Evaluations:
 
     @property
     def _expects_grad(self) -> bool:
-        return self._replicas and self.sync == "all"
+        return self.replicas and self.sync == "all"
 
     def _scale(self, loss: Tensor) -> Tensor:
         return self.scaler.scale(loss) if self._scaled else loss
 
-    def _finished(
-        self, found: Sequence[Tensor | None], losses: Sequence[Tensor], average: bool = False
-    ) -> list[Tensor]:
+    def finished(self, found: Sequence[Tensor | None], losses: Sequence[Tensor], average: bool = False) -> list[Tensor]:
+        """The gradient of an evaluation from its parts; the first one decides what is active."""
         self.last_loss = torch.stack(list(losses)).sum() if len(losses) > 1 else losses[0]
         if self._done == 0:
-            self.active = [p for p, g in zip(self._trainable, found, strict=True) if g is not None]
+            self.active = [p for p, g in zip(self.trainable, found, strict=True) if g is not None]
             found = [g for g in found if g is not None]
             if not self.active:
                 raise RuntimeError(
@@ -313,8 +314,8 @@ class Evaluations:
         gradient = _own_memory(gradient)
         if self._scaled and gradient:
             torch._foreach_mul_(gradient, 1.0 / float(self.scaler.get_scale()))
-        if average and self._replicas and self.sync == "all":
-            gradient = self._averaged(gradient)
+        if average and self.replicas and self.sync == "all":
+            gradient = self.averaged(gradient)
         if self._done == 0:
             self.first_norm = self.norm(gradient)
             self._flags.append(self.first_norm)
@@ -324,8 +325,8 @@ class Evaluations:
 
     def _graph(self, share: Callable[[], Any]) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Detached loss and differentiable local gradient of one share."""
-        with self._no_sync(True), torch.enable_grad():
-            loss = self._loss(share)
+        with self.no_sync(True), torch.enable_grad():
+            loss = self.checked(share)
             graph = torch.autograd.grad(self._scale(loss), self.active, create_graph=True, allow_unused=True)
         return loss.detach(), graph
 
@@ -346,11 +347,11 @@ class Evaluations:
     def _judge(self, direction: list[Tensor]) -> bool:
         """Whether losses and direction are finite, on all processes alike; one transfer from the device."""
         flags = [*self._flags, self.norm(direction)]
-        if all(flag.device.type == "cpu" for flag in flags) and not self._replicas:
+        if all(flag.device.type == "cpu" for flag in flags) and not self.replicas:
             values = [float(flag) for flag in flags]
         else:
             numbers = torch.stack([flag.to(flags[0].device, torch.float32) for flag in flags])
-            if self._replicas:
+            if self.replicas:
                 finite = numbers.isfinite().all().float()
                 dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self._group)
                 numbers = torch.cat([numbers, finite[None].log()])  # log 0 = -inf: another process met a bad value
@@ -364,7 +365,8 @@ class Evaluations:
     def _group(self) -> Any:
         return self.model.process_group if isinstance(self.model, nn.parallel.DistributedDataParallel) else None
 
-    def _no_sync(self, local: bool) -> Any:
+    def no_sync(self, local: bool) -> Any:
+        """A context in which a local evaluation starts no reduction of a ``DistributedDataParallel``."""
         if local and isinstance(self.model, nn.parallel.DistributedDataParallel):
             return self.model.no_sync()
         return nullcontext()
@@ -377,7 +379,8 @@ class Evaluations:
             p.grad = None
         return taken
 
-    def _averaged(self, tensors: list[Tensor]) -> list[Tensor]:
+    def averaged(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The means over the processes, by one reduction."""
         if not tensors:
             return tensors
         flat, unflatten = trees.flatten(tensors)

@@ -7,14 +7,14 @@ code that reads ``group["lr"]`` may hold either of the two.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gradwise.base.checks import require_choice
-from gradwise.training.closure import Needs, Parts, as_closure
+from gradwise.training.closure import Closure, Needs, Parts, as_closure
 from gradwise.training.evaluation import Evaluations
 
 Sync = str  # "final" or "all"
@@ -85,8 +85,28 @@ class MethodOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a ``state_dict`` of this method or of the plain optimiser with the same groups."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "method"})
+        self._keep_types(state_dict)
         self.load_extra_state(state_dict.get("method", {}))
         self.check_groups()
+
+    def _keep_types(self, state_dict: Mapping[str, Any]) -> None:
+        """State in the types it was saved in: PyTorch casts it to those of the parameters, which may be narrower."""
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, parameter in zip(keys, parameters, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[parameter][name].dtype:
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """The parameter's name where the groups have names, else its position and shape, for messages."""
+        for number, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p is parameter:
+                    if "param_names" in group:
+                        return f"parameter {group['param_names'][index]!r}"
+                    return f"parameter {index} of group {number} (shape {list(p.shape)})"
+        return f"a parameter of shape {list(parameter.shape)}"
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks and a scheduler's patched step are bound to this very object; PyTorch drops them when pickling too.
@@ -95,17 +115,65 @@ class MethodOptimizer(torch.optim.Optimizer):
         return kept
 
     def _accept(self, group: Mapping[str, Any]) -> None:
-        for index, parameter in enumerate(group["params"]):
+        for parameter in group["params"]:
             if parameter.is_complex() and not self.accepts_complex:
-                name = group["param_names"][index] if "param_names" in group else f"parameter {index} of its group"
                 raise TypeError(
-                    f"{type(self).__name__} takes real parameters only: {name} (shape {list(parameter.shape)}) is "
+                    f"{type(self).__name__} takes real parameters only: {self.name_of(parameter)} is "
                     f"{parameter.dtype}; optimise torch.view_as_real of it instead."
                 )
         self.check({**self.defaults, **group})
 
 
-class WrappingOptimizer(MethodOptimizer):
+class EvaluatingOptimizer(MethodOptimizer):
+    """What methods share that evaluate a closure several times in a step; sets aside ``.grad`` meanwhile.
+
+    ``model``, ``fix_rng``, ``sync`` and ``scaler`` are those of :class:`~gradwise.training.evaluation.Evaluations`.
+    """
+
+    needs: ClassVar[Needs] = "loss"
+    model: nn.Module | None = None
+    fix_rng: bool = True
+    sync: Sync = "final"
+    scaler: Any = None
+
+    def evaluate(self, closure: Any, act: Callable[[Evaluations, Closure], bool]) -> Tensor:
+        """One step of a method that evaluates ``closure`` itself: ``act`` evaluates, updates, says whether it did.
+
+        Returns the loss of the first evaluation, detached, and fills ``stats``. Raises ``TypeError`` without a
+        closure; a ``FloatingPointError`` of ``act`` leaves ``stats`` as they were but for the evaluation's numbers
+        and ``skipped``.
+        """
+        if closure is None:
+            raise TypeError(
+                f"{type(self).__name__}.step needs a closure that returns the loss (and calls no backward)."
+            )
+        closure = as_closure(closure, self.needs)
+        self.check_groups()
+        skipped, own = self.stats.get("skipped", 0.0), dict(self.stats)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        model = self.model if self.model is not None else closure.module
+        with Evaluations(parameters, model=model, fix_rng=self.fix_rng, sync=self.sync, scaler=self.scaler) as at:
+            try:
+                stepped = act(at, closure)
+            except FloatingPointError:
+                self.stats = {**own, **at.stats, "skipped": skipped + 1}
+                raise
+            self.stats = {**self.stats, **at.stats, "skipped": skipped + (not stepped)}
+            return at.loss
+
+    def scalar(self, at: Evaluations, name: str) -> Any:
+        """Hyper-parameter ``name``: a float, or where groups differ a NumPy array with one entry per active parameter.
+
+        Ask after the first evaluation, which decides what is active. Arithmetic reads the same for both.
+        """
+        values = [group.get(name, self.defaults[name]) for group in self.param_groups]
+        if all(value == values[0] for value in values):
+            return float(values[0])
+        pairs = zip(self.param_groups, values, strict=True)
+        return at.of_active([value for group, value in pairs for _ in group["params"]])
+
+
+class WrappingOptimizer(EvaluatingOptimizer):
     """Several gradient evaluations per step, one update by ``base_optimizer``.
 
     Args:
@@ -125,7 +193,6 @@ class WrappingOptimizer(MethodOptimizer):
     Raises ``TypeError`` when ``base_optimizer`` is no optimiser or itself needs a closure.
     """
 
-    needs: ClassVar[Needs] = "loss"
     guarantees: ClassVar[frozenset[str]] = frozenset({"wraps", "restores_weights", "one_forward_buffers"})
 
     def __init__(
@@ -160,34 +227,10 @@ class WrappingOptimizer(MethodOptimizer):
         not finite nothing is updated: weights are put back bit for bit and ``FloatingPointError`` is raised (with a
         scaler the step is skipped and the scale lowered instead); ``stats["skipped"]`` counts such steps.
         """
-        if closure is None:
-            raise TypeError(
-                f"{type(self).__name__}.step needs a closure that returns the loss (and calls no backward)."
-            )
-        closure = as_closure(closure, self.needs)
-        self.check_groups()
-        skipped = self.stats.get("skipped", 0.0)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        model = self.model if self.model is not None else closure.module
-        with Evaluations(parameters, model=model, fix_rng=self.fix_rng, sync=self.sync, scaler=self.scaler) as at:
-            try:
-                stepped = at.apply(self.direction(at, closure), self.base_optimizer)
-            except FloatingPointError:
-                self.stats = {**at.stats, "skipped": skipped + 1}
-                raise
-            self.stats = {**at.stats, "skipped": skipped + (not stepped)}
-            return at.loss
+        return self.evaluate(closure, self._apply)
 
-    def scalar(self, at: Evaluations, name: str) -> Any:
-        """Hyper-parameter ``name``: a float, or where groups differ a NumPy array with one entry per active parameter.
-
-        Ask after the first evaluation, which decides what is active. Arithmetic reads the same for both.
-        """
-        values = [group.get(name, self.defaults[name]) for group in self.param_groups]
-        if all(value == values[0] for value in values):
-            return float(values[0])
-        pairs = zip(self.param_groups, values, strict=True)
-        return at.of_active([value for group, value in pairs for _ in group["params"]])
+    def _apply(self, at: Evaluations, closure: Closure) -> bool:
+        return at.apply(self.direction(at, closure), self.base_optimizer)
 
     # The base owns groups and state: one list and one dictionary, whichever of the two optimisers is asked.
 
