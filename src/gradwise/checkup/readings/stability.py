@@ -141,9 +141,9 @@ def _group(context: Context) -> _Group:
 
 
 def _remedies(context: Context) -> tuple[str, ...]:
-    """A smaller step, a flatter minimum; with few outputs also curvature in the step itself."""
+    """A smaller step, a flatter minimum, or a step that follows the curvature; whole rows of it with few outputs."""
     few = context.facts.classes is not None and context.facts.classes <= FEW_OUTPUTS
-    return ("learning_rate", "gam", "egn") if few else ("learning_rate", "gam")
+    return ("learning_rate", "gam", "oasis", *(("egn", "gns") if few else ()))
 
 
 def _limit(momentum: float, nesterov: bool) -> float:

@@ -48,6 +48,8 @@ class LearningRate:
         if self.factor is None:
             raise TreatmentError("learning_rate has no factor yet: call fitted(subject) first, or give factor=.")
         for group in plan.base.param_groups:
+            if not isinstance(group.get("lr"), int | float | Tensor):
+                raise TreatmentError(f"{type(plan.base).__name__} finds its own step; there is no rate to scale.")
             group["lr"] = group["lr"] * self.factor**self.strength
         return plan
 

@@ -26,7 +26,7 @@ class GAMTreatment:
 
     def apply(self, plan: Plan) -> Plan:
         """Wrap the optimiser; at strength zero in the exact form with penalty weight zero."""
-        base = _wrappable(self.id, plan)
+        base = wrappable(self.id, plan)
         if self.strength == 0:
             return plan.changed(optimizer=GAM(base, rho=self.rho, alpha=0.0, variant="exact", model=plan.model))
         method = GAM(base, rho=self.rho, rho_prime=self.rho_prime, gamma=self.gamma, normalize="mean", model=plan.model)
@@ -50,7 +50,7 @@ class GradientRegularizationTreatment:
     def apply(self, plan: Plan) -> Plan:
         """Wrap the optimiser."""
         method = GradientRegularization(
-            _wrappable(self.id, plan), gamma=self.gamma, eps=self.eps, max_shift=MAX_SHIFT, model=plan.model
+            wrappable(self.id, plan), gamma=self.gamma, eps=self.eps, max_shift=MAX_SHIFT, model=plan.model
         )
         return plan.changed(optimizer=method)
 
@@ -70,7 +70,7 @@ class SAMTreatment:
 
     def apply(self, plan: Plan) -> Plan:
         """Wrap the optimiser."""
-        return plan.changed(optimizer=SAM(_wrappable(self.id, plan), rho=self.rho, model=plan.model))
+        return plan.changed(optimizer=SAM(wrappable(self.id, plan), rho=self.rho, model=plan.model))
 
     def off(self) -> None:
         """SAM has no radius zero."""
@@ -81,7 +81,8 @@ MAX_SHIFT = 1.0
 """Cap on eps ||g||, so that a spike of the gradient is not followed outside the neighbourhood."""
 
 
-def _wrappable(name: str, plan: Plan) -> Any:
+def wrappable(name: str, plan: Plan) -> Any:
+    """The plan's optimiser, which must be one that steps from ``.grad``; :class:`TreatmentError` otherwise."""
     if getattr(plan.optimizer, "needs", "grad") != "grad":
         raise TreatmentError(
             f"{name} wraps an ordinary optimiser; this run already uses {type(plan.optimizer).__name__}."
