@@ -7,7 +7,7 @@ faster.
 Protocol. Digits, 900 training images, a ReLU network 64-64-64-10, batches of 64, 15 epochs, learning rate falling to
 zero along a cosine, weight decay 0.01. Within a seed every arm gets the same rows, initial weights and order of
 batches, and one gradient per step. Settings ``rate 0.001`` and ``rate 0.003`` give every arm that learning rate;
-``tuned`` lets every arm choose among five learning rates by the validation loss, on seeds that are not judged.
+``tuned`` lets every arm choose among six learning rates by the validation loss, on seeds that are not judged.
 
 RMSprop (INNAprop with alpha = beta = 1, where the inertial part vanishes) stands beside it: what it reaches as well is
 not due to the second-order dynamics. NAdamW is the strongest relative of AdamW in PyTorch.
@@ -50,7 +50,7 @@ from gradwise.trials import (
 )
 
 N_TRAIN, N_VALID, BATCH, DECAY = 900, 300, 64, 0.01
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 Parameters = Iterable[nn.Parameter]
 
 
