@@ -20,7 +20,7 @@ def table() -> str:
         settings = "; ".join(f"{name}: {said}" for name, said in verdict["by_setting"].items())
         link = f"[`{record.id}`](docs/{record.family}/{record.id}.md)"
         cells = (link, published["statement"], f"**{verdict['overall']}**", settings, str(len(published["seeds"])))
-        rows.append("| " + " | ".join(cells) + " |")
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
 
