@@ -13,8 +13,18 @@ from gradwise.catalog.records import BUILT_IN, read
 
 BUILT = {
     "attribution": {"integrated_gradients", "idgi", "igos", "iia", "cross_domain_ig"},
-    "optim": {"innaprop", "oasis", "psgd", "egn", "gns", "jacobian_descent", "es_lottery"},
-    "recovery": {"matrix_sensing", "scaled_gd", "subgm", "nonconvex_ag"},
+    "optim": {
+        "innaprop",
+        "oasis",
+        "psgd",
+        "egn",
+        "gns",
+        "jacobian_descent",
+        "es_lottery",
+        "xgd",
+        "stochastic_gradient",
+    },
+    "recovery": {"matrix_sensing", "scaled_gd", "subgm", "nonconvex_ag", "total_positivity", "tubal_tensor"},
     "regularization": {"gradient_regularization", "gam"},
     "selection": {"useful"},
 }

@@ -14,7 +14,7 @@ import torch
 
 from gradwise.base.counting import counting
 from gradwise.base.results import REASONS
-from gradwise.recovery import LowRankSensing, RecoveryResult, factored_gd, scaled_gd
+from gradwise.recovery import LowRankSensing, RecoveryResult, factored_gd, scaled_gd, tubal_gd
 from gradwise.testbeds.sensing import sensing
 
 
@@ -24,6 +24,14 @@ def matrices(dtype=torch.float64):
 
 def general_matrices(dtype=torch.float64):
     return sensing(5, 1, 20, symmetric=False, seed=0, dtype=dtype)[:2]
+
+
+def tensors_of_tubes(dtype=torch.float64):
+    return sensing(4, 1, 22, tubes=3, seed=0, dtype=dtype)[:2]
+
+
+def general_tensors(dtype=torch.float64):
+    return sensing(4, 1, 40, tubes=3, symmetric=False, seed=0, dtype=dtype)[:2]
 
 
 @dataclass
@@ -39,6 +47,10 @@ def general_gd(measurements, y, **options):
     return factored_gd(measurements, y, **{"symmetric": False, "rank": 2} | options)
 
 
+def general_tubal_gd(measurements, y, **options):
+    return tubal_gd(measurements, y, **{"symmetric": False, "rank": 2} | options)
+
+
 CASES = [
     pytest.param(Case(factored_gd), id="factored_gd"),
     pytest.param(Case(general_gd, general_matrices), id="factored_gd-general"),
@@ -46,6 +58,8 @@ CASES = [
     pytest.param(
         Case(scaled_gd, diverging={"step": 1e6, "damping": 0.1, "init_scale": 1.0}), id="scaled_gd-fixed-damping"
     ),
+    pytest.param(Case(tubal_gd, tensors_of_tubes), id="tubal_gd"),
+    pytest.param(Case(general_tubal_gd, general_tensors), id="tubal_gd-general"),
 ]
 METHODS = ["gd", "scaled_gd"]
 """Methods of ``LowRankSensing``."""

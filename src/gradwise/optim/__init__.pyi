@@ -1,3 +1,4 @@
+from . import finite_sum as finite_sum
 from .egn import EGN as EGN
 from .es_lottery import (
     PGPE as PGPE,
@@ -24,6 +25,20 @@ from .jacobian_descent import (
 )
 from .oasis import OASIS as OASIS
 from .psgd import PSGD as PSGD
+from .rates import RateCheck as RateCheck
+from .stochastic_gradient import (
+    SVRG as SVRG,
+    DynamicBatch as DynamicBatch,
+    NewtonCG as NewtonCG,
+    StochasticLBFGS as StochasticLBFGS,
+)
+from .xgd import (
+    XGD as XGD,
+    CheckeredHead as CheckeredHead,
+    CheckeredRegression as CheckeredRegression,
+    SumLogConcave as SumLogConcave,
+    cross_gradient as cross_gradient,
+)
 
 __all__ = [
     "EGN",
@@ -31,16 +46,27 @@ __all__ = [
     "PGPE",
     "PSGD",
     "SNES",
+    "SVRG",
+    "XGD",
+    "CheckeredHead",
+    "CheckeredRegression",
     "DualConeFISTA",
+    "DynamicBatch",
     "EvolutionOptimizer",
     "GradientRegularizedNewton",
     "INNAprop",
     "JacobianDescent",
+    "NewtonCG",
     "OpenES",
     "RankOne",
+    "RateCheck",
     "SepCMAES",
+    "StochasticLBFGS",
+    "SumLogConcave",
     "UPGradWeighting",
     "conflict_report",
+    "cross_gradient",
+    "finite_sum",
     "gradient_normalized_smoothness",
     "iterative_prune",
     "magnitude_mask",

@@ -1,3 +1,4 @@
+from . import tubal as tubal
 from ._estimator import LowRankSensing as LowRankSensing
 from ._init import (
     small_init as small_init,
@@ -31,6 +32,16 @@ from .subgm import (
     sign_rip as sign_rip,
     subgradient_method as subgradient_method,
 )
+from .total_positivity import (
+    PrecisionResult as PrecisionResult,
+    TotallyPositiveGraphicalModel as TotallyPositiveGraphicalModel,
+    m_matrix_mle as m_matrix_mle,
+    negative_share as negative_share,
+    project_diagonally_dominant as project_diagonally_dominant,
+    project_dominant_rows as project_dominant_rows,
+    project_m_matrix as project_m_matrix,
+)
+from .tubal_tensor import tubal_gd as tubal_gd
 
 __all__ = [
     "L1",
@@ -43,11 +54,18 @@ __all__ = [
     "LowRankSensing",
     "PathResult",
     "Phase",
+    "PrecisionResult",
     "RecoveryResult",
     "SignRIPReport",
     "SparseClassifier",
     "SparseRegressor",
+    "TotallyPositiveGraphicalModel",
     "factored_gd",
+    "m_matrix_mle",
+    "negative_share",
+    "project_diagonally_dominant",
+    "project_dominant_rows",
+    "project_m_matrix",
     "scaled_gd",
     "sign_rip",
     "small_init",
@@ -56,4 +74,6 @@ __all__ = [
     "spectral_init",
     "spectral_sign_init",
     "subgradient_method",
+    "tubal",
+    "tubal_gd",
 ]
