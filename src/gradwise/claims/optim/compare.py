@@ -48,17 +48,18 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         named = list(model.named_parameters())
-        inner = [p for name, p in named[1:-1] if p.ndim == 2 and "letters" not in name and "places" not in name]
+        matrices = [p for name, p in named[1:] if p.ndim == 2 and name != "places"]
+        inner = matrices[:-1]
         chosen = {id(p) for p in inner}
         rest = [p for _, p in named if id(p) not in chosen]
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)]
+        self.inner: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)]
         if inner:
-            self.parts.append(torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+            self.inner.append(torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         super().__init__([p for _, p in named], {"lr": lr})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step both."""
-        for part in self.parts:
+        for part in self.inner:
             part.step()
 
 
@@ -176,7 +177,7 @@ def work(run: Run, *, method: str, budget: float | None = None) -> dict[str, Any
     return {
         **losses,
         **({} if right is None else {"test_accuracy": right}),
-        "steps": float(report.steps),
+        "n_steps": float(report.steps),
         "ms_per_step": 1e3 * spent / steps,
         "gradients_per_step": report.counts.gradient_equivalents() / steps,
         **{name: [float(f"{value:.5g}") for value in values] for name, values in curve.items()},
