@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         named = list(model.named_parameters())
-        matrices = [p for name, p in named[1:] if p.ndim == 2 and name != "places"]
+        matrices = [p for name, p in named[1:] if p.ndim == 2 and not name.startswith(("letters", "places"))]
         inner = matrices[:-1]
         chosen = {id(p) for p in inner}
         rest = [p for _, p in named if id(p) not in chosen]
