@@ -190,7 +190,7 @@ def test_two_treatments_at_once(make_subject, plan_of):
         ("usefull", "did you mean 'useful'"),
         ("gam+smm", "did you mean 'sam'"),
         ("zzzzzz", "treatments are gam"),
-        ("psgd", "is in the catalogue, but cannot be tried in a training run yet"),
+        ("sorsa", "is in the catalogue, but cannot be tried in a training run yet"),
         (3, "got int"),
     ],
 )
