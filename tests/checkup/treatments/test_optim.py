@@ -11,6 +11,7 @@ from gradwise.base.counting import counting
 from gradwise.checkup import TREATMENTS, Treatment, TreatmentError
 from gradwise.checkup.examine import examine
 from gradwise.checkup.treatment import Combined, carry_out, find_treatment, make_plan
+from gradwise.checkup.treatments.house import LearningRate
 from gradwise.checkup.treatments.optim import loss_name
 from gradwise.optim import EGN, OASIS, PSGD, INNAprop, JacobianDescent
 
@@ -75,7 +76,7 @@ def test_a_scheduler_follows_the_new_optimiser_or_is_refused(make_subject):
     assert plan.base is plan.optimizer
     carry_out(plan)
     assert plan.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.1**4)
-    for name in ("oasis", "gns", "es_lottery"):
+    for name in ("gns", "es_lottery"):
         with pytest.raises(TreatmentError, match="finds its own step"):
             plan_of(subject, name)
 
@@ -88,6 +89,8 @@ def test_treatments_combine_in_the_order_in_which_they_make_sense(make_subject):
     with pytest.raises(TreatmentError, match="name it first"):
         plan_of(subject, "gam+innaprop")
     scaled = Combined((TREATMENTS["oasis"], find_treatment("weight_decay")))
+    with pytest.raises(TreatmentError, match="finds its own step; there is no rate"):
+        Combined((TREATMENTS["gns"], LearningRate(factor=0.5))).apply(plan_of(subject))
     assert scaled.apply(plan_of(subject)).base.param_groups[0]["weight_decay"] > 0
 
 

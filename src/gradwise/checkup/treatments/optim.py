@@ -1,8 +1,8 @@
 """Methods that make the step themselves: UPGrad around the subject's optimiser, and optimisers in its place.
 
 An optimiser in the place of the subject's own keeps the learning rate where it is meant for that (INNAprop after Adam);
-the others take their papers' defaults, which need no rate or one of their own. A subject's schedule acts on the new
-optimiser, or is refused where there is no rate to act on. None has a strength to turn down.
+the others take a rate on their own scale, or none. A subject's schedule acts on the new optimiser, or is refused where
+there is no rate to act on. None has a strength to turn down.
 """
 
 from collections.abc import Callable
@@ -135,7 +135,9 @@ def _innaprop(plan: Plan) -> torch.optim.Optimizer:
 
 
 def _oasis(plan: Plan) -> torch.optim.Optimizer:
-    return OASIS(plan.model.parameters(), model=plan.model, generator=plan.seed)
+    # networks get the fixed rate, as in the paper: the automatic step follows the noise of small batches
+    options: dict[str, Any] = {"alpha": 1e-2, "momentum": 0.9, "model": plan.model, "generator": plan.seed}
+    return OASIS(plan.model.parameters(), lr=_rate(plan, 1e-2), **options)
 
 
 def _psgd(plan: Plan) -> torch.optim.Optimizer:
@@ -157,7 +159,7 @@ def _evolution(plan: Plan) -> torch.optim.Optimizer:
 
 
 INNAPROP = Replacement("innaprop", "INNAprop (inertial dynamics, Adam's scaling)", _innaprop, extra_work=False)
-OASIS_STEP = Replacement("oasis", "OASIS (diagonal curvature, no learning rate)", _oasis, paced=False)
+OASIS_STEP = Replacement("oasis", "OASIS (steps scaled by the Hessian's diagonal)", _oasis)
 PSGD_STEP = Replacement("psgd", "PSGD (learnt Kronecker preconditioner)", _psgd)
 EGN_STEP = Replacement("egn", "exact Gauss-Newton in the space of outputs", _egn, stateless=True)
 GNS_STEP = Replacement("gns", "gradient-regularised Newton, no learning rate", _gns, paced=False)
