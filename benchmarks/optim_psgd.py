@@ -9,14 +9,9 @@ and clips, ours finds its scale from the first pair. Limit: with factors of side
 matrices per tensor, a fitting step about twelve and two triangular solves.
 """
 
-import argparse
-import json
-import statistics
-import time
-
+from _steps import compare, parser
 from pytorch_optimizer import Kron
 import torch
-from torch import nn
 
 from gradwise.optim import PSGD
 
@@ -31,45 +26,15 @@ ARMS = {
 }
 
 
+def peer(name: str) -> str:
+    """The step of the same kind."""
+    return "Kron, held" if name.endswith("held") else "Kron"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parser(__doc__, rounds=7).parse_args()
     torch.manual_seed(0)
-    optimizers, state_bytes = {}, {}
-    for name, build in ARMS.items():
-        params = [nn.Parameter(torch.randn(500, 500) * 0.1) for _ in range(40)]
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizers[name] = build(params)
-        optimizers[name].step()
-        kept = [v for s in optimizers[name].state.values() for v in s.values()]
-        kept = [t for v in kept for t in (v if isinstance(v, list | tuple) else [v]) if torch.is_tensor(t)]
-        state_bytes[name] = sum(t.numel() * t.element_size() for t in kept) / 1e6
-    taken: dict[str, list[float]] = {name: [] for name in ARMS}
-    for _ in range(options.rounds):
-        for name, optimizer in optimizers.items():
-            start = time.process_time()
-            optimizer.step()
-            taken[name].append(time.process_time() - start)
-    rows = {}
-    print(f"torch {torch.__version__}, {options.threads} thread(s), CPU time of a step")
-    for name, values in taken.items():
-        base = "Kron, held" if name.endswith("held") else "Kron"
-        ratio = statistics.median(v / b for v, b in zip(values, taken[base], strict=True))
-        rows[name] = {
-            "milliseconds": 1e3 * statistics.median(values),
-            "ratio": ratio,
-            "state_megabytes": state_bytes[name],
-        }
-        size = f"{state_bytes[name]:.0f} MB of state"
-        print(f"  {name:<20} {rows[name]['milliseconds']:9.1f} ms  x{ratio:.2f} of {base}  {size}")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    compare(ARMS, [(500, 500)] * 40, peer, options)
 
 
 if __name__ == "__main__":
