@@ -21,8 +21,8 @@ from gradwise.recovery import (
     project_diagonally_dominant,
     project_dominant_rows,
     project_m_matrix,
-    total_positivity,
 )
+from gradwise.recovery.total_positivity import cones, solver
 from gradwise.testbeds.gaussian_tree import gaussian_tree
 from gradwise.testbeds.tables import table
 
@@ -293,7 +293,7 @@ def test_gap_bounds_the_distance_to_the_minimum():
         assert gaps[-1] < 1e-2 < gaps[0]
 
 
-@pytest.mark.parametrize("cone", [total_positivity._Dominant, total_positivity._Rays])
+@pytest.mark.parametrize("cone", [cones.Dominant, cones.Rays])
 def test_gap_of_a_multiple_of_the_minimum_is_exact(cone):
     """-log det T + tr T is smallest at the identity."""
     eye = torch.eye(4, dtype=D)
@@ -325,7 +325,7 @@ def test_two_samples_suffice_for_an_m_matrix():
 
 
 def test_separate_components_are_solved_apart_to_the_same_solution(monkeypatch):
-    monkeypatch.setattr(total_positivity, "BLOCK", 4)
+    monkeypatch.setattr(solver, "BLOCK", 4)
     pieces = [tree_correlations(p, 50, seed) for seed, p in enumerate((6, 5, 3, 2))]
     S = torch.block_diag(*pieces, torch.eye(2, dtype=D))
     order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
@@ -336,7 +336,7 @@ def test_separate_components_are_solved_apart_to_the_same_solution(monkeypatch):
     assert sum(apart.params["blocks"]) <= 16
     assert len(apart.params["blocks"]) >= 3
     everything = torch.arange(18)
-    monkeypatch.setattr(total_positivity, "_blocks", lambda A: (everything[:0], [everything]))
+    monkeypatch.setattr(solver, "_blocks", lambda A: (everything[:0], [everything]))
     together = m_matrix_mle(S, Lam, **EXACT)
     torch.testing.assert_close(apart.x, together.x, atol=1e-6, rtol=0)
     torch.testing.assert_close(apart.covariance, together.covariance, atol=1e-6, rtol=0)
@@ -346,11 +346,11 @@ def test_separate_components_are_solved_apart_to_the_same_solution(monkeypatch):
 
 @pytest.mark.parametrize("factor", [0, 10**9])
 def test_products_on_free_entries_agree_with_dense_ones(monkeypatch, factor):
-    monkeypatch.setattr(total_positivity, "SPARSE", factor)
-    monkeypatch.setattr(total_positivity, "CHUNK", 20)
+    monkeypatch.setattr(cones, "SPARSE", factor)
+    monkeypatch.setattr(cones, "CHUNK", 20)
     M, X, held = random_matrix(9, 0), random_matrix(9, 1), random_matrix(9, 2) > 0.3
     held.fill_diagonal_(False)
-    entries = total_positivity._Entries(M, held)
+    entries = cones.Entries(M, held)
     assert entries.sparse == (factor == 0)
     X = X.masked_fill(held, 0.0)
     vector = entries.take(X)
@@ -361,24 +361,24 @@ def test_products_on_free_entries_agree_with_dense_ones(monkeypatch, factor):
 
 @pytest.mark.parametrize("factor", [0, 10**9])
 def test_products_on_free_rays_are_the_second_derivatives(monkeypatch, factor):
-    monkeypatch.setattr(total_positivity, "SPARSE", factor)
-    monkeypatch.setattr(total_positivity, "CHUNK", 20)
+    monkeypatch.setattr(cones, "SPARSE", factor)
+    monkeypatch.setattr(cones, "CHUNK", 20)
     T, X = dominant_matrix(7, 0), random_matrix(7, 1)
     W = torch.linalg.inv(T)
     held = random_matrix(7, 2) > 0.3  # some of the diagonal, too
-    rays_free = total_positivity._RayEntries(X, held)
+    rays_free = cones.RayEntries(X, held)
     assert rays_free.sparse == (factor == 0)
     X = X.masked_fill(held, 0.0)
     vector = rays_free.take(X)
 
     def gradient(t):
-        moved = torch.linalg.inv(T + t * total_positivity._from_rays(X))
-        return rays_free.take(total_positivity._on_rays(-moved))
+        moved = torch.linalg.inv(T + t * cones.from_rays(X))
+        return rays_free.take(cones.on_rays(-moved))
 
     expected = (gradient(1e-5) - gradient(-1e-5)) / 2e-5
     torch.testing.assert_close(rays_free.sandwich(W, vector), expected, atol=1e-6, rtol=1e-6)
     Y = random_matrix(7, 3)
-    one, other = (total_positivity._from_rays(X) * Y).sum(), (X * total_positivity._on_rays(Y)).sum()
+    one, other = (cones.from_rays(X) * Y).sum(), (X * cones.on_rays(Y)).sum()
     torch.testing.assert_close(one, other)  # adjoint
 
 

@@ -4,7 +4,7 @@ A solver builds a problem (``forward``, ``product``, data ``y``), a start and ``
 :func:`factor_loop`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 import math
 import time
@@ -210,6 +210,20 @@ def parts(factor: Factor) -> tuple[Tensor, ...]:
     return factor if isinstance(factor, tuple) else (factor,)
 
 
+def given_start(x0: Any, shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor]:
+    """Copies of the parts of a start, in the type and place of ``like``.
+
+    Raises ``ValueError`` unless they have ``shapes`` and are finite, ``TypeError`` unless they are real numbers.
+    """
+    given = parts(x0)
+    if [tuple(part.shape) for part in given] != list(shapes):
+        raise ValueError(f"x0 must have shape {list(shapes)}, got {[tuple(part.shape) for part in given]}.")
+    for part in given:
+        require_floating("x0", part)
+        require_finite("x0", part)
+    return [part.detach().to(dtype=like.dtype, device=like.device, copy=True) for part in given]
+
+
 def hold_out(
     m: int, fraction: float, generator: torch.Generator | None, device: torch.device | str = "cpu"
 ) -> Bool[Tensor, " m"] | None:
@@ -297,13 +311,7 @@ class MatrixProblem:
         n, p = self.measurements.in_shape
         shapes = [(n, self.rank)] if self.symmetric else [(n, self.rank), (p, self.rank)]
         if x0 is not None:
-            given = parts(x0)
-            if [tuple(part.shape) for part in given] != shapes:
-                raise ValueError(f"x0 must have shape {shapes}, got {[tuple(part.shape) for part in given]}.")
-            for part in given:
-                require_floating("x0", part)
-                require_finite("x0", part)
-            made = [part.detach().to(dtype=self.y.dtype, device=self.y.device, copy=True) for part in given]
+            made = given_start(x0, shapes, self.y)
         else:
             require_positive("init_scale", init_scale)
             g = generator_from(0 if generator is None else generator, self.y.device)

@@ -22,16 +22,8 @@ from torch import Tensor, nn
 
 from gradwise.base.checks import require_count, require_floating, require_positive
 from gradwise.linalg.spectra import product_singular_values
-from gradwise.recovery._loop import (
-    Factor,
-    RecoveryResult,
-    State,
-    factor_loop,
-    hold_out,
-    matrix_problem,
-    parts,
-    zero_result,
-)
+from gradwise.recovery._descent import descend
+from gradwise.recovery._loop import RecoveryResult, State, matrix_problem, parts
 
 LEARNED = 0.5  # share of its own final value from which a direction counts as learned
 NOISE = 0.02  # share of the largest final value below which a direction never counts
@@ -93,32 +85,17 @@ def factored_gd(
         require_positive("step", step)
     require_positive("init_scale", init_scale)
     problem = matrix_problem(measurements, y, rank, symmetric)
-    notes = problem.notes
-    if init_scale >= 1 and x0 is None:
-        notes += (f"init_scale={init_scale:g} is not small: the directions are learned together, not one by one.",)
-    start = problem.start(init_scale, x0, generator)
-    held_out = hold_out(problem.measurements.m, validation_fraction, generator, problem.y.device)
-    if problem.scale == 0:
-        return zero_result(problem, start)
-    # gradients are per unit of gain, and so is the scale: the step means the same for A_i of any size
-    mu = 0.1 / problem.scale if step == "auto" else float(step) * problem.measurements.gain
-
-    def update(state: State) -> Factor:
-        gradient = problem.gradient(state.residual, state.factor)
-        if symmetric:
-            return state.factor - mu * gradient
-        return tuple(u - mu * g for u, g in zip(state.factor, gradient, strict=True))
-
-    return factor_loop(
+    return descend(
         problem,
-        start,
-        update,
+        step=step,
+        init_scale=init_scale,
+        large_start="the directions are learned together, not one by one",
         max_iter=max_iter,
         tol=tol,
-        held_out=held_out,
+        x0=x0,
+        validation_fraction=validation_fraction,
         callback=callback,
-        params={"step": mu / problem.measurements.gain, "scale": problem.scale, "rank": problem.rank},
-        notes=notes,
+        generator=generator,
     )
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from gradwise.base.arrays import as_tensor
 from gradwise.base.checks import require_choice, require_count, require_finite, require_positive, require_range
 from gradwise.base.counting import count, counting
+from gradwise.base.estimators import validated
 from gradwise.base.results import Result
 from gradwise.linalg.proximal import L1, MCP, SCAD, Penalty, soft
 from gradwise.recovery._linear_models import LeastSquares, Logistic, Loss, Prepared
@@ -450,7 +451,7 @@ class _SparseLinear(BaseEstimator):
 
     def _linear(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        X = _validated(self, X, reset=False)
+        X = validated(self, X, reset=False)
         return X @ self.coef_.reshape(-1) + float(np.reshape(self.intercept_, ()))
 
 
@@ -494,7 +495,7 @@ class SparseRegressor(RegressorMixin, _SparseLinear):
 
     def fit(self, X: Any, y: Any) -> "SparseRegressor":
         """Fit to X [n, p] and y [n]."""
-        X, y = _validated(self, X, y, y_numeric=True)
+        X, y = validated(self, X, y, y_numeric=True, ensure_min_samples=2)
         self.coef_, self.intercept_ = self._solve(X, y, "gaussian")
         return self
 
@@ -520,7 +521,7 @@ class SparseClassifier(ClassifierMixin, _SparseLinear):
 
     def fit(self, X: Any, y: Any) -> "SparseClassifier":
         """Fit to X [n, p] and y [n]."""
-        X, y = _validated(self, X, y)
+        X, y = validated(self, X, y, ensure_min_samples=2)
         check_classification_targets(y)
         kind = type_of_target(y, input_name="y")
         if kind != "binary":
@@ -564,15 +565,3 @@ def _grid(lambdas: Any, n_lambdas: int, eps: float, lam_max: float) -> Float[Ten
     if grid.ndim != 1 or not len(grid) or not bool((grid >= 0).all()) or bool((grid.diff() > 0).any()):
         raise ValueError("lambdas must be a list of non-negative numbers in descending order.")
     return grid
-
-
-def _validated(estimator: Any, X: Any, y: Any = None, *, reset: bool = True, **options: Any) -> Any:
-    """scikit-learn's checks of input, which moved in version 1.6."""
-    options |= {"dtype": np.float64, "reset": reset}
-    if reset:
-        options |= {"y": y, "ensure_min_samples": 2}
-    try:
-        from sklearn.utils.validation import validate_data
-    except ImportError:
-        return estimator._validate_data(X, **options)
-    return validate_data(estimator, X, **options)

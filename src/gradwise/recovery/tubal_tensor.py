@@ -21,19 +21,11 @@ from jaxtyping import Complex, Float
 import torch
 from torch import Tensor
 
-from gradwise.base.checks import require_count, require_finite, require_floating, require_positive
+from gradwise.base.checks import require_count, require_positive
 from gradwise.base.random import generator_from
 from gradwise.linalg.measurements import Measurements, symmetrised
-from gradwise.recovery._loop import (
-    Factor,
-    RecoveryResult,
-    State,
-    factor_loop,
-    hold_out,
-    parts,
-    require_data,
-    zero_result,
-)
+from gradwise.recovery._descent import descend
+from gradwise.recovery._loop import Factor, RecoveryResult, State, given_start, parts, require_data
 from gradwise.recovery.tubal import from_slices, spectral_norm, to_slices
 
 
@@ -100,33 +92,17 @@ def tubal_gd(
         require_positive("step", step)
     require_positive("init_scale", init_scale)
     problem = tubal_problem(measurements, y, rank, symmetric)
-    notes = problem.notes
-    if init_scale >= 1 and x0 is None:
-        notes += (f"init_scale={init_scale:g} is not small: nothing favours a low tubal rank.",)
-    start = problem.start(init_scale, x0, generator)
-    held_out = hold_out(problem.measurements.m, validation_fraction, generator, problem.y.device)
-    if problem.scale == 0:
-        return problem.in_space(zero_result(problem, start))
-    # gradients are per unit of gain, and so is the scale: the step means the same for A_i of any size
-    gain = problem.measurements.gain
-    mu = 0.1 / problem.scale if step == "auto" else float(step) * gain
-
-    def update(state: State) -> Factor:
-        moved = tuple(
-            u - mu * g for u, g in zip(parts(state.factor), problem.gradient(state.residual, state.factor), strict=True)
-        )
-        return moved[0] if symmetric else moved
-
-    result = factor_loop(
+    result = descend(
         problem,
-        start,
-        update,
+        step=step,
+        init_scale=init_scale,
+        large_start="nothing favours a low tubal rank",
         max_iter=max_iter,
         tol=tol,
-        held_out=held_out,
+        x0=x0,
+        validation_fraction=validation_fraction,
         callback=callback,
-        params={"step": mu / gain, "scale": problem.scale, "rank": problem.rank},
-        notes=notes,
+        generator=generator,
     )
     return problem.in_space(result)
 
@@ -160,14 +136,14 @@ class TubalProblem:
         pair = parts(factor)
         return from_slices(pair[0] @ pair[-1].mH, self.depth)
 
-    def gradient(self, residual: Float[Tensor, " m"], factor: Factor) -> tuple[Complex[Tensor, "h _ r"], ...]:
-        """(S * U), or (S * R, S^T * L), with S = A*(residual)/(m gain), as Fourier slices.
+    def gradient(self, residual: Float[Tensor, " m"], factor: Factor) -> Factor:
+        """S * U, or (S * R, S^T * L), with S = A*(residual)/(m gain), as Fourier slices.
 
         For ``residual`` = A(X) - y that is the gradient of |A(X) - y|^2/(4 m gain) in U, and of twice that in (L, R).
         """
         S = back_projection(self.measurements, residual)
         if self.symmetric:
-            return (S @ factor,)
+            return S @ factor
         L, R = factor
         return S @ R, S.mH @ L
 
@@ -175,18 +151,12 @@ class TubalProblem:
         """``x0``, or a Gaussian start of spectral norm init_scale sqrt(scale), from seed 0 by default."""
         n, p, k = self.measurements.in_shape
         shapes = [(n, self.rank, k)] if self.symmetric else [(n, self.rank, k), (p, self.rank, k)]
-        like: dict[str, Any] = {"dtype": self.y.dtype, "device": self.y.device}
         if x0 is not None:
-            given = parts(x0)
-            if [tuple(part.shape) for part in given] != shapes:
-                raise ValueError(f"x0 must have shape {shapes}, got {[tuple(part.shape) for part in given]}.")
-            for part in given:
-                require_floating("x0", part)
-                require_finite("x0", part)
-            made = [to_slices(part.detach().to(**like)) for part in given]
+            made = [to_slices(part) for part in given_start(x0, shapes, self.y)]
         else:
             g = generator_from(0 if generator is None else generator, self.y.device)
-            made = [to_slices(torch.randn(shape, generator=g, **like)) for shape in shapes]
+            draws = (torch.randn(shape, generator=g, dtype=self.y.dtype, device=self.y.device) for shape in shapes)
+            made = [to_slices(draw) for draw in draws]
             size = init_scale * math.sqrt(self.scale or 1.0)
             made = [part * (size / spectral_norm(part)) for part in made]
         return made[0] if self.symmetric else tuple(made)

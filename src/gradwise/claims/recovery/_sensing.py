@@ -44,18 +44,22 @@ def smoothness(measurements: Measurements) -> float:
         return float(lanczos(square, 1)[0][0]) / measurements.m
 
 
-def trace_norm(
-    measurements: Measurements, y: Tensor, penalty: float, iterations: int, watch: Watch | None = None
+def accelerated(
+    measurements: Measurements,
+    y: Tensor,
+    prox: Callable[[Tensor, float], Tensor],
+    penalty: float,
+    iterations: int,
+    watch: Watch | None = None,
 ) -> Tensor:
-    """min over X >= 0 of |A(X) - y|^2/(2m) + penalty tr X, by accelerated proximal gradients (FISTA)."""
+    """min over X of |A(X) - y|^2/(2m) + penalty r(X) by accelerated proximal gradients (FISTA), with r's ``prox``."""
     step = 1 / smoothness(measurements)
     X = Z = torch.zeros(measurements.in_shape, dtype=y.dtype)
     t = 1.0
     for _ in range(iterations):
         count(gradient=1)
         gradient = measurements.adjoint(measurements.forward(Z) - y) / measurements.m
-        values, V = torch.linalg.eigh(Z - step * gradient)
-        new = (V * (values - step * penalty).clamp_min(0)) @ V.mT
+        new = prox(Z - step * gradient, step * penalty)
         t, old = (1 + (1 + 4 * t * t) ** 0.5) / 2, t
         X, Z = new, new + (old - 1) / t * (new - X)
         if watch is not None and watch(X):
@@ -63,10 +67,15 @@ def trace_norm(
     return X
 
 
-def thresholding(
-    measurements: Measurements, y: Tensor, rank: int, step: float, iterations: int, watch: Watch | None = None
+def projected(
+    measurements: Measurements,
+    y: Tensor,
+    project: Callable[[Tensor], Tensor],
+    step: float,
+    iterations: int,
+    watch: Watch | None = None,
 ) -> Tensor:
-    """Singular value projection: gradient steps on X, each cut to its ``rank`` largest (positive) eigenvalues.
+    """Gradient steps on X, each projected.
 
     Diverges to a finite size at most: an iterate a thousand times the data's scale stops it.
     """
@@ -74,14 +83,37 @@ def thresholding(
     limit = 1e3 * float((measurements.adjoint(y) / measurements.m).norm())
     for _ in range(iterations):
         count(gradient=1)
-        values, V = torch.linalg.eigh(X - step * measurements.adjoint(measurements.forward(X) - y) / measurements.m)
-        new = (V[:, -rank:] * values[-rank:].clamp_min(0)) @ V[:, -rank:].mT
+        new = project(X - step * measurements.adjoint(measurements.forward(X) - y) / measurements.m)
         if not float(new.norm()) <= limit:
             break
         X = new
         if watch is not None and watch(X):
             break
     return X
+
+
+def trace_norm(
+    measurements: Measurements, y: Tensor, penalty: float, iterations: int, watch: Watch | None = None
+) -> Tensor:
+    """min over X >= 0 of |A(X) - y|^2/(2m) + penalty tr X."""
+
+    def shrunk(X: Tensor, threshold: float) -> Tensor:
+        values, V = torch.linalg.eigh(X)
+        return (V * (values - threshold).clamp_min(0)) @ V.mT
+
+    return accelerated(measurements, y, shrunk, penalty, iterations, watch)
+
+
+def thresholding(
+    measurements: Measurements, y: Tensor, rank: int, step: float, iterations: int, watch: Watch | None = None
+) -> Tensor:
+    """Singular value projection: every iterate is cut to its ``rank`` largest (positive) eigenvalues."""
+
+    def cut(X: Tensor) -> Tensor:
+        values, V = torch.linalg.eigh(X)
+        return (V[:, -rank:] * values[-rank:].clamp_min(0)) @ V[:, -rank:].mT
+
+    return projected(measurements, y, cut, step, iterations, watch)
 
 
 def minimum_norm(measurements: Measurements, y: Tensor) -> Tensor:

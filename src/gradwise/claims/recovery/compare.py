@@ -51,7 +51,7 @@ from gradwise.claims.recovery._sensing import smoothness, split, thresholding, t
 from gradwise.claims.recovery.subgm import huber
 from gradwise.linalg.measurements import Measurements
 from gradwise.recovery import SparseRegressor, factored_gd, scaled_gd, sparse_path, subgradient_method
-from gradwise.recovery._loop import State, factor_loop, matrix_problem
+from gradwise.recovery._loop import State, matrix_problem
 from gradwise.testbeds import relative_error
 from gradwise.testbeds.gaussian_tree import gaussian_tree
 from gradwise.testbeds.sensing import Sensed, sensing
@@ -139,14 +139,7 @@ def robust(s: Sensing) -> Tensor:
 
 def huber_with_step(s: Sensing, times: float, init_scale: float) -> Tensor:
     """The same with a step of its own: clipped residuals bear a longer one than least squares."""
-    problem = matrix_problem(s.fit, s.y, None)
-    step = times * 0.1 / problem.scale
-
-    def update(state: State) -> Tensor:
-        bound = float(state.residual.abs().median())
-        return state.factor - step * problem.gradient(state.residual.clamp(-bound, bound), state.factor)
-
-    return factor_loop(problem, problem.start(init_scale, None, None), update, **s.options).x
+    return huber(s.fit, s.y, init_scale=init_scale, times=times, **s.options).x
 
 
 def convex(s: Sensing) -> Tensor:

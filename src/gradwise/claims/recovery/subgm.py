@@ -60,17 +60,26 @@ def work(run: Run, *, method: str, init_scale: float = 1e-6) -> dict[str, Any]:
     return {"error": max(error, 1e-9), "log_error": math.log10(max(error, 1e-9)), "course": course}
 
 
-def huber(measurements: Any, y: Tensor, *, max_iter: int, init_scale: float, callback: Any) -> Any:
-    """Descent on Huber's loss with the step of least squares; its threshold is the median of the present |r|."""
+def huber(
+    measurements: Any,
+    y: Tensor,
+    *,
+    max_iter: int,
+    init_scale: float,
+    callback: Any,
+    times: float = 1.0,
+    tol: float = 1e-9,
+) -> Any:
+    """Descent on Huber's loss, ``times`` the step of least squares; its threshold is the median of the present |r|."""
     problem = matrix_problem(measurements, y, None)
     start = problem.start(init_scale, None, None)
-    step = 0.1 / problem.scale
+    step = times * 0.1 / problem.scale
 
     def update(state: State) -> Tensor:
         bound = float(state.residual.abs().median())
         return state.factor - step * problem.gradient(state.residual.clamp(-bound, bound), state.factor)
 
-    return factor_loop(problem, start, update, max_iter=max_iter, tol=1e-9, callback=callback)
+    return factor_loop(problem, start, update, max_iter=max_iter, tol=tol, callback=callback)
 
 
 def figures(result: TrialResult) -> list[Figure]:

@@ -33,9 +33,16 @@ from skimage.transform import resize
 import torch
 from torch import Tensor
 
-from gradwise.base.counting import count
 from gradwise.base.figures import Figure
-from gradwise.claims.recovery._sensing import curve_figure, fit_quality, minimum_norm, smoothness, split, thin
+from gradwise.claims.recovery._sensing import (
+    accelerated,
+    curve_figure,
+    fit_quality,
+    minimum_norm,
+    projected,
+    split,
+    thin,
+)
 from gradwise.linalg.measurements import Measurements, entries
 from gradwise.recovery import tubal_gd
 from gradwise.recovery._loop import State
@@ -116,32 +123,14 @@ def shrunk(X: Tensor, penalty: float) -> Tensor:
 
 
 def nuclear_norm(measurements: Measurements, y: Tensor, fraction: float, iterations: int) -> Tensor:
-    """min over X of |A(X) - y|^2/(2m) + penalty |X|_tubal nuclear, by accelerated proximal gradients (FISTA)."""
-    step = 1 / smoothness(measurements)
+    """min over X of |A(X) - y|^2/(2m) + penalty |X|_tubal nuclear."""
     penalty = fraction * float(singular_values(measurements.adjoint(y) / measurements.m).max())
-    shrink = t_positive if measurements.symmetric else shrunk
-    X = Z = torch.zeros(measurements.in_shape, dtype=y.dtype)
-    t = 1.0
-    for _ in range(iterations):
-        count(gradient=1)
-        gradient = measurements.adjoint(measurements.forward(Z) - y) / measurements.m
-        new = shrink(Z - step * gradient, step * penalty)
-        t, old = (1 + (1 + 4 * t * t) ** 0.5) / 2, t
-        X, Z = new, new + (old - 1) / t * (new - X)
-    return X
+    return accelerated(measurements, y, t_positive if measurements.symmetric else shrunk, penalty, iterations)
 
 
 def thresholding(measurements: Measurements, y: Tensor, rank: int, step: float, iterations: int) -> Tensor:
-    """Gradient steps on X, each cut to its ``rank`` leading tubes; stopped where it diverges."""
-    X = torch.zeros(measurements.in_shape, dtype=y.dtype)
-    limit = 1e3 * float((measurements.adjoint(y) / measurements.m).norm())
-    for _ in range(iterations):
-        count(gradient=1)
-        new = t_positive(X - step * measurements.adjoint(measurements.forward(X) - y) / measurements.m, 0.0, rank)
-        if not float(new.norm()) <= limit:
-            break
-        X = new
-    return X
+    """Gradient steps on X, each cut to its ``rank`` leading tubes."""
+    return projected(measurements, y, partial(t_positive, penalty=0.0, rank=rank), step, iterations)
 
 
 def descend(run: Run, fit: Measurements, y: Tensor, size: float, steps: int, **options: Any) -> Tensor:

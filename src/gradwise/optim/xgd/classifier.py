@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradwise.base.checks import require_choice, require_count, require_positive
 from gradwise.base.counting import count
+from gradwise.base.estimators import validated
 from gradwise.base.random import generator_from
 from gradwise.optim.xgd.checkered import checkered_log_probs, posterior, random_posterior
 
@@ -93,7 +94,7 @@ class CheckeredRegression(ClassifierMixin, BaseEstimator):
     def fit(self, X: Any, y: Any) -> "CheckeredRegression":
         """Fit to X [n, d] and labels y [n]."""
         self._check()
-        X, y = _validated(self, X, y)
+        X, y = validated(self, X, y, ensure_min_samples=2)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -114,7 +115,7 @@ class CheckeredRegression(ClassifierMixin, BaseEstimator):
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Log-probabilities of the classes [n, c]."""
         check_is_fitted(self)
-        X = _validated(self, X, reset=False)
+        X = validated(self, X, reset=False)
         z = torch.from_numpy(np.tensordot(X, self.coef_, (1, -1)) + self.intercept_)
         found = checkered_log_probs(_logits(z if z.ndim == 3 else z[..., None])).numpy()
         return found[:, ::-1].copy() if len(self.classes_) == 2 else found
@@ -202,15 +203,3 @@ def _logits(z: Float[Tensor, "*b m k"]) -> Float[Tensor, "*b m c"]:
 
 def _objective(log_p: Float[Tensor, "R n"], W: Float[Tensor, "R m k d"], decay: Float[Tensor, " d"]) -> Tensor:
     return -log_p.mean(-1) + 0.5 * (decay * W.square()).sum((-3, -2, -1))
-
-
-def _validated(estimator: Any, X: Any, y: Any = None, *, reset: bool = True) -> Any:
-    """scikit-learn's checks of input, which moved in version 1.6."""
-    options: dict[str, Any] = {"dtype": np.float64, "reset": reset}
-    if reset:
-        options |= {"y": y, "ensure_min_samples": 2}
-    try:
-        from sklearn.utils.validation import validate_data
-    except ImportError:
-        return estimator._validate_data(X, **options)
-    return validate_data(estimator, X, **options)
