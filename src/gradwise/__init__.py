@@ -12,8 +12,13 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     submodules=[
         "attribution",
+        "diffusion",
+        "guidance",
+        "optim",
+        "recovery",
         "regularization",
         "selection",
+        "transport",
         "catalog",
         "trials",
         "claims",

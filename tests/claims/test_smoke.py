@@ -7,7 +7,7 @@ import pytest
 
 from gradwise.claims import ids, load
 
-FAMILIES = ("optim", "recovery")
+FAMILIES = ("guidance", "optim", "recovery", "transport")
 
 
 @pytest.mark.parametrize("name", [name for name in ids() if name.partition("/")[0] in FAMILIES])

@@ -1,0 +1,5 @@
+"""Transport: entropic plans between samples, and maps that carry one distribution onto another."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
