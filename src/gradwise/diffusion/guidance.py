@@ -203,8 +203,8 @@ class PairGuidance(Guidance):
         low, high = self.interval
         return self.scale != 1 and (low < ctx.t or low == 0) and ctx.t <= high
 
-    def branches(self, ctx: StepContext) -> tuple[Branch, Branch]:
-        """The strong and the weak branch of this step."""
+    def branches(self, ctx: StepContext) -> tuple[Branch, ...]:
+        """The strong branch of this step and the weak one (or several, whose predictions are averaged)."""
         return self.pair.branches(ctx) if self.pair is not None else (Branch("cond"), Branch("null"))
 
     def combine(
@@ -215,12 +215,11 @@ class PairGuidance(Guidance):
 
     def step(self, ctx: StepContext) -> Asking:
         """Ask for both branches (or the strong one alone) and combine them."""
-        strong, weak = self.branches(ctx)
         if not self.acts(ctx):
-            (prediction,) = yield [strong]
+            (prediction,) = yield [Branch("cond")]
             return prediction
-        strong_answer, weak_answer = yield [strong, weak]
-        return self.combine(strong_answer, weak_answer, ctx)
+        strong, *weak = yield list(self.branches(ctx))
+        return self.combine(strong, weak[0] if len(weak) == 1 else torch.stack(weak).mean(0), ctx)
 
 
 class ClassifierFreeGuidance(PairGuidance):
