@@ -8,7 +8,7 @@ from gradwise import catalog, reporting
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Append the measured figures to a paper's page and fill the catalogue table."""
     _, _, name = page.file.src_uri.removesuffix(".md").partition("/")
-    if name and name != "index":
+    if any(name == record.id for record in catalog.records()):
         return f"{markdown}\n\n{reporting.paper_page(name, measured_only=True)}"
     if page.file.src_uri == "catalogue.md":
         return markdown.replace("<!-- catalogue -->", _catalogue())

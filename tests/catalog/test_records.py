@@ -13,6 +13,19 @@ from gradwise.catalog.records import BUILT_IN, read
 
 BUILT = {
     "attribution": {"integrated_gradients", "idgi", "igos", "iia", "cross_domain_ig"},
+    "guidance": {
+        "adaptive_guidance",
+        "apg",
+        "cfg_pp",
+        "gfcg",
+        "i_max",
+        "icg_tsg",
+        "internal_guidance",
+        "linear_cfg",
+        "nlg",
+        "pcg",
+        "sag",
+    },
     "optim": {
         "innaprop",
         "oasis",
@@ -27,6 +40,7 @@ BUILT = {
     "recovery": {"matrix_sensing", "scaled_gd", "subgm", "nonconvex_ag", "total_positivity", "tubal_tensor"},
     "regularization": {"gradient_regularization", "gam"},
     "selection": {"useful"},
+    "transport": {"icgn", "sns", "sparse_neural_ot"},
 }
 
 
