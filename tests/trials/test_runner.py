@@ -404,7 +404,10 @@ def test_tables_costs_and_text(demo):
     assert "(mechanism) a straight line" in text
     assert "control (vanish)" in text
     assert result.traces("better", "curve")[0] == [3.0, 1.5, 0.5]
-    assert result.figures() == []
+    (figure,) = result.figures()
+    assert (figure.kind, figure.y_label) == ("intervals", "score")
+    assert {series.name for series in figure.series} == {"main", "no effect"}
+    assert all(series.name in figure.alt for series in figure.series)
 
 
 def test_a_control_arm_can_be_the_control(demo):

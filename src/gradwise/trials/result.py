@@ -10,6 +10,7 @@ from gradwise.base.figures import Figure
 from gradwise.base.results import plain
 from gradwise.trials.intervals import t_interval
 from gradwise.trials.records import COST_METRICS, RunRecord, finite
+from gradwise.trials.standard_figures import standard_figures
 from gradwise.trials.trial import Scale, Trial
 from gradwise.trials.verdict import Verdict
 
@@ -89,8 +90,10 @@ class TrialResult:
         return rows
 
     def figures(self) -> list[Figure]:
-        """The figures that the trial draws from this result."""
-        return [] if self.trial.figures is None else list(self.trial.figures(self))
+        """The figures that the trial draws from this result; else the metrics it judges."""
+        if self.trial.figures is None:
+            return standard_figures(self.trial.expectations, self.table())
+        return list(self.trial.figures(self))
 
     def values(self, arm: str, metric: str, setting: str | None = None) -> dict[int, float]:
         """Metric (or cost) by seed over the runs of ``arm`` that succeeded; ``setting`` defaults to the first."""

@@ -185,7 +185,7 @@ class Trial:
         controls: where the effect must vanish, reverse or harm.
         gates: preconditions. ``matches``: arms declared equal in cost.
         settings: configuration per setting; ``seeds``: number of seeds per scale; ``level``: of the intervals.
-        figures: makes figures (as data) from the :class:`TrialResult`.
+        figures: makes figures (as data) from the :class:`TrialResult`; ``None``: intervals of the judged metrics.
         fresh: run every run in a process of its own, so that its memory peak is measured from the same start.
 
     Raises:
