@@ -20,6 +20,7 @@ from gradwise.reporting.palette import SERIES, series_role, stand_in
 
 Array = NDArray[np.float64]
 MOST_POINTS, MOST_STEPS, MOST_LABELS, MOST_IMAGES = 4000, 1500, 40, 36
+STRIP = 4  # a picture so many times as wide as high
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (8, 2)), (0, (3, 3)))
 ROW_WIDTH, LINE, ROW = 54, 0.17, 0.48  # of a row of intervals: characters, inches per text line, inches below
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -261,7 +262,7 @@ def _images(canvas: Canvas, figure: Figure) -> str:
     """A sheet of small pictures. Maps with a sign are centred on zero; others run from their own low to high."""
     pictures = [np.asarray(picture, float) for picture in figure.values]
     _require(len(pictures), figure)
-    columns = _columns(len(pictures))
+    columns = _columns(figure)
     rows = math.ceil(len(pictures) / columns)
     sheet = canvas.subplots(rows, columns, squeeze=False)
     for axes in sheet.flat:
@@ -277,7 +278,10 @@ def _images(canvas: Canvas, figure: Figure) -> str:
     return ""
 
 
-def _columns(n: int) -> int:
+def _columns(figure: Figure) -> int:
+    n, shape = len(figure.values), np.asarray(figure.values[0]).shape
+    if len(shape) >= 2 and shape[1] > STRIP * shape[0]:
+        return min(n, 2)  # strips are nothing to look at in a narrow column
     return n if n <= 4 else 3 if n in (5, 6, 9) else 4
 
 
@@ -426,7 +430,7 @@ def _plot_height(figure: Figure) -> float:
 def _images_height(figure: Figure) -> float:
     if not len(figure.values):
         return 1.0
-    columns = _columns(len(figure.values))
+    columns = _columns(figure)
     rows = math.ceil(len(figure.values) / columns)
     shape = np.asarray(figure.values[0]).shape
     ratio = shape[0] / max(shape[1], 1) if len(shape) >= 2 else 1.0

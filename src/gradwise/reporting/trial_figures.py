@@ -11,6 +11,8 @@ from gradwise.trials.intervals import t_interval
 
 DIFFERENCES = ("Difference", "NonInferior", "Equivalent")
 PROGRESS = ("epoch", "epochs", "step", "steps", "gradients", "iteration", "iterations", "calls")
+KNOB = "scales"
+"""The trace that says over which values a run went."""
 MOST_ROWS, MOST_PICTURES, MOST_LINES, MOST_TRACES = 9, 6, 4, 3
 
 
@@ -79,10 +81,12 @@ def curve_figures(trial: Mapping[str, Any]) -> Iterator[Figure]:
     """Learning curves: mean over seeds with its interval as a band, for every trace and setting.
 
     With many arms each method gets a picture of its own, beside the baseline and its own variants (``gam``, ``gam
-    (equal cost)``); arms that serve as controls are left out.
+    (equal cost)``); arms that serve as controls are left out, and runs over the values of a knob, whose traces are no
+    courses of anything.
     """
     left_out = {arm.get("name") for arm in trial.get("arms", ()) if arm.get("role") == "control"}
     runs = [r for r in trial.get("runs", ()) if r.get("status", "ok") == "ok" and r.get("arm") not in left_out]
+    runs = [r for r in runs if KNOB not in r.get("traces", {})]
     level = float(trial.get("level", 0.95))
     several = len(trial.get("settings", ())) > 1
     names = [n for n in dict.fromkeys(name for run in runs for name in run.get("traces", {})) if n not in PROGRESS]
