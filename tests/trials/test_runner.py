@@ -404,9 +404,14 @@ def test_tables_costs_and_text(demo):
     assert "(mechanism) a straight line" in text
     assert "control (vanish)" in text
     assert result.traces("better", "curve")[0] == [3.0, 1.5, 0.5]
+    assert result.figures() == []
+
+
+def test_a_trial_that_draws_nothing_shows_what_it_judges(demo):
+    result = run(demo())
     (figure,) = result.figures()
     assert (figure.kind, figure.y_label) == ("intervals", "score")
-    assert {series.name for series in figure.series} == {"main", "no effect"}
+    assert {series.name for series in figure.series} == set(result.trial.settings)
     assert all(series.name in figure.alt for series in figure.series)
 
 
