@@ -9,12 +9,12 @@ seconds. The samples of both must agree where both guide, and where neither does
 """
 
 import argparse
+from functools import partial
 import json
 from pathlib import Path
-import statistics
-import time
 from typing import Any
 
+from _timing import medians
 import torch
 from torch import Tensor
 
@@ -59,13 +59,7 @@ def measure(width: int, batch: int, steps: int, rounds: int) -> dict[str, Any]:
     found = {name: run(name) for name in variants}
     torch.testing.assert_close(found["sample by sample"][~rows], found["full guidance"][~rows], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["sample by sample"][rows], found["no guidance"][rows], rtol=1e-4, atol=1e-4)
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name in variants:
-            start = time.process_time()
-            run(name)
-            taken[name].append(time.process_time() - start)
-    seconds = {name: statistics.median(values) for name, values in taken.items()}
+    seconds = medians({name: partial(run, name) for name in variants}, rounds, warm=0)
     return {"seconds": seconds, "speed": seconds["one flag for the batch"] / seconds["sample by sample"]}
 
 

@@ -8,14 +8,12 @@ iterates, full transforms in every product) and against its bare products with A
 """
 
 import argparse
-from collections.abc import Callable
 from importlib.metadata import version
 import json
 from pathlib import Path
-import statistics
-import time
 from typing import Any
 
+from _timing import medians
 import torch
 from torch import Tensor
 
@@ -57,18 +55,6 @@ def published(matrix: Tensor, y: Tensor, U: Tensor, step: float, iterations: int
         residual = matrix @ full_product(U, transposed(U)).reshape(-1) - y
         U = U - step * full_product((residual @ matrix).reshape(n, n, k) / len(y), U)
     return U
-
-
-def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median processor seconds of each call, taking turns; one turn before does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            begun = time.process_time()
-            call()
-            if turn:
-                taken[name].append(time.process_time() - begun)
-    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def show(title: str, row: dict[str, float], unit: float, name: str) -> None:

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 import json
 from pathlib import Path
-import statistics
-import time
 from typing import Any
 
+from _timing import medians
 import torch
 from torch import Tensor, nn
 
@@ -50,18 +49,6 @@ def evaluation(call: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None
             call(x)
 
     return step
-
-
-def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median processor seconds of each call, taking turns; one turn before does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            begun = time.process_time()
-            call()
-            if turn:
-                taken[name].append(time.process_time() - begun)
-    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def main() -> None:

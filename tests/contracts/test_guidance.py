@@ -123,8 +123,8 @@ class Row:
     ``make()`` at a setting that acts; ``neutral()`` at the setting that must change nothing (``None``: it has none);
     ``calls`` evaluations per sample and step while it acts (``None``: it depends on the sample); ``bed(kind)`` a
     denoiser it works on, ``start(n)`` noise for it; ``draws`` whether it uses the generator; ``pictures`` whether it
-    also works on ``[b, c, h, w]``; ``own_sampler`` whether it needs our sampler's places before or after a step;
-    ``solvers`` those it works with, the others it must refuse.
+    also works on ``[b, c, h, w]``; ``solvers`` those it works with, the others it must refuse; ``kinds``
+    whether the bed's network can pretend to predict other kinds.
     """
 
     make: Callable[[], Guidance]
@@ -134,7 +134,6 @@ class Row:
     start: Callable[..., torch.Tensor] = noise
     draws: bool = False
     pictures: bool = True
-    own_sampler: bool = False
     solvers: tuple[str, ...] = ("ddim", "heun", "dpm++", "ddpm")
     kinds: bool = True
 
@@ -194,14 +193,12 @@ ROWS = {
         lambda: NoiseLevelGuidance(steps=2, noise_var=0.0),
         lambda: NoiseLevelGuidance(steps=0, renormalise=False),
         calls=None,
-        own_sampler=True,
     ),
     "predictor_corrector": Row(
         lambda: PredictorCorrectorGuidance(2.0),
         lambda: PredictorCorrectorGuidance(2.0, corrector_steps=0),
         calls=None,
         draws=True,
-        own_sampler=True,
     ),
     "adaptive": Row(lambda: AdaptiveGuidance(2.5, threshold=0.97), lambda: AdaptiveGuidance(1.0), calls=None),
     "linear_adaptive": Row(
