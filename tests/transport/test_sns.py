@@ -17,9 +17,10 @@ from gradwise.transport import (
     entropic_cost,
     entropic_plan,
     sinkhorn_newton,
-    sns,
 )
-from gradwise.transport.sns import adjoint_potentials, ascend, hessian_solver, largest, significant
+from gradwise.transport.sns import newton, solve as stages
+from gradwise.transport.sns.gradients import adjoint_potentials
+from gradwise.transport.sns.newton import ascend, hessian_solver, largest, significant
 
 close = torch.testing.assert_close
 HARD = {
@@ -53,8 +54,8 @@ def miss(plan, a, b):
 @pytest.fixture
 def no_small_problems(monkeypatch):
     """Let problems of test size take the sparse path."""
-    monkeypatch.setattr(sns, "SMALL", 0)
-    monkeypatch.setattr(sns, "FILLED", 1.0)
+    monkeypatch.setattr(newton, "SMALL", 0)
+    monkeypatch.setattr(newton, "FILLED", 1.0)
 
 
 # the plan
@@ -185,7 +186,7 @@ def newton_errors(**options):
 
 @pytest.mark.filterwarnings("ignore:the plan misses")
 def test_the_whole_hessian_converges_quadratically(monkeypatch):
-    monkeypatch.setattr(sns, "PATIENCE", 0)
+    monkeypatch.setattr(stages, "PATIENCE", 0)
 
     def quadratic(errors):
         near = [e for e in errors if 1e-13 < e < 1e-2]
@@ -197,7 +198,7 @@ def test_the_whole_hessian_converges_quadratically(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:the plan misses")
 def test_keeping_more_contracts_faster(monkeypatch):
-    monkeypatch.setattr(sns, "PATIENCE", 0)
+    monkeypatch.setattr(stages, "PATIENCE", 0)
     steps = [len(newton_errors(sparsity=k / 60)) for k in (2, 5, 20)]
     assert steps[0] > steps[1] > steps[2]
 
@@ -234,11 +235,11 @@ def test_entries_are_kept_for_their_row_or_their_column():
 
 
 def test_more_entries_are_kept_where_steps_contract_slowly(no_small_problems, monkeypatch):
-    monkeypatch.setattr(sns, "RHO", 0.9)
-    monkeypatch.setattr(sns, "PATIENCE", 0)
+    monkeypatch.setattr(stages, "RHO", 0.9)
+    monkeypatch.setattr(stages, "PATIENCE", 0)
     bed = point_clouds(40, seed=0)
     assert sinkhorn_newton(bed.cost, bed.a, bed.b, 1 / 100, sinkhorn_steps=5).converged
-    monkeypatch.setattr(sns, "significant", lambda plan, a, b, rho: significant(plan, a, b, 0.9))
+    monkeypatch.setattr(newton, "significant", lambda plan, a, b, rho: significant(plan, a, b, 0.9))
     with pytest.warns(ConvergenceWarning):
         assert not sinkhorn_newton(bed.cost, bed.a, bed.b, 1 / 100, sinkhorn_steps=5, max_newton=20).converged
 
@@ -250,7 +251,7 @@ def test_the_sparse_products_are_the_dense_ones(monkeypatch):
     kept = significant(plan, bed.a, bed.b, 1e-2)
     found = []
     for share in (0.0, 1.0):
-        monkeypatch.setattr(sns, "FILLED", share)
+        monkeypatch.setattr(newton, "FILLED", share)
         found.append(hessian_solver(plan, kept, rows, columns, "direct", 0.1)[0](bed.a - rows, bed.b - columns))
     close(found[0], found[1], rtol=1e-7, atol=1e-9)
 

@@ -27,6 +27,7 @@ from gradwise.trials.plan import trial_digest
 from gradwise.trials.records import COST_METRICS, RunRecord
 from gradwise.trials.result import TrialResult, Tuned
 from gradwise.trials.runner import Progress, run_trial, stored_trial
+from gradwise.trials.standard_figures import interval_figure
 from gradwise.trials.trial import Arm, Control, Gate, Match, Run, Scale, Trial, Tuning
 from gradwise.trials.verdict import Verdict, judge
 
@@ -61,6 +62,7 @@ __all__ = [
     "Tuning",
     "Verdict",
     "export",
+    "interval_figure",
     "judge",
     "run_trial",
     "stored_trial",

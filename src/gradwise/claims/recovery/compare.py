@@ -30,7 +30,7 @@ likelihood of a validation sample. Edges are partial correlations above 1e-4.
 Control: a matrix of full rank, which no low-rank method can recover from fewer measurements than unknowns.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 import math
@@ -56,7 +56,7 @@ from gradwise.testbeds import relative_error
 from gradwise.testbeds.gaussian_tree import gaussian_tree
 from gradwise.testbeds.sensing import Sensed, sensing
 from gradwise.testbeds.sparse_problem import sparse_problem
-from gradwise.trials import Arm, Bound, Control, Difference, Match, Run, Trial, TrialResult, Tuning
+from gradwise.trials import Arm, Bound, Control, Difference, Match, Run, Trial, TrialResult, Tuning, interval_figure
 
 Config = Mapping[str, Any]
 RANK, VALID, SIDE = 3, 40, 30
@@ -386,16 +386,19 @@ SWEEPS: tuple[tuple[str, str, bool, dict[float, str]], ...] = (
 
 def figures(result: TrialResult) -> list[Figure]:
     """Low-rank errors along what varies; errors of all rows by setting; supports and edges."""
-    rows = {(r["arm"], r["setting"], r["metric"]): r for r in result.table()}
+    table = result.table()
+    rows = {(r["arm"], r["setting"], r["metric"]): r for r in table}
     drawn = [_sweep(rows, *sweep) for sweep in SWEEPS]
     groups: tuple[Mapping[str, Any], ...] = (SOLVERS, REGRESSIONS, ESTIMATORS)
     low_rank, sparse, estimators = ([row for name in group for row in (name, tuned(name))] for group in groups)
     drawn += [
-        _by_setting(rows, low_rank, TUNED, "log_error", "Low-rank matrices after 600 operator calls", "relative error"),
-        _by_setting(rows, sparse, SPARSE, "error", "Sparse coefficients", "relative error"),
-        _by_setting(rows, sparse, SPARSE, "F", "Support of sparse coefficients", "F-score"),
-        _by_setting(rows, estimators, GRAPHS, "error", "Precision matrices over trees", "relative error"),
-        _by_setting(rows, estimators, GRAPHS, "F", "Edges of trees", "F-score"),
+        _by_setting(
+            table, low_rank, TUNED, "log_error", "Low-rank matrices after 600 operator calls", "relative error"
+        ),
+        _by_setting(table, sparse, SPARSE, "error", "Sparse coefficients", "relative error"),
+        _by_setting(table, sparse, SPARSE, "F", "Support of sparse coefficients", "F-score"),
+        _by_setting(table, estimators, GRAPHS, "error", "Precision matrices over trees", "relative error"),
+        _by_setting(table, estimators, GRAPHS, "F", "Edges of trees", "F-score"),
     ]
     return [figure for figure in drawn if figure is not None]
 
@@ -420,21 +423,21 @@ def _sweep(rows: Mapping[Any, Any], what: str, label: str, log_x: bool, places: 
 
 
 def _by_setting(
-    rows: Mapping[Any, Any], arms: list[str], settings: Any, metric: str, title: str, label: str
+    table: Sequence[dict[str, Any]], arms: list[str], settings: Any, metric: str, title: str, label: str
 ) -> Figure | None:
     """Intervals of a metric, one series per setting."""
     log = metric == "log_error"
-    shown: Callable[[float], float] = _raised if log else float
-    series = []
-    for setting in settings:
-        found = [row for arm in arms if (row := rows.get((arm, setting, metric)))]
-        if found:
-            values = ([shown(row[end]) for row in found] for end in ("mean", "low", "high"))
-            series.append(Series(setting, [row["arm"] for row in found], *values))
-    if not series:
-        return None
-    alt = f"Intervals of the {label} of automatic and tuned rows. {_told(series)}"
-    return Figure("intervals", title, alt, tuple(series), y_label=label, log_y=log)
+    return interval_figure(
+        table,
+        metric,
+        title,
+        f"Intervals of the {label} of automatic and tuned rows.",
+        arms=arms,
+        settings=settings,
+        y_label=label,
+        log_y=log,
+        shown=_raised if log else float,
+    )
 
 
 def _told(series: list[Series]) -> str:

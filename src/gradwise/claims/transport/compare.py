@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwise.base.figures import Figure, Series
+from gradwise.base.figures import Figure
 from gradwise.base.random import generator_from
 from gradwise.claims.transport import sns as plans
 from gradwise.linalg.distances import sliced_wasserstein
@@ -37,7 +37,7 @@ from gradwise.testbeds.plans import Coupling, assignment, digit_densities, point
 from gradwise.testbeds.shifts import shifted_normals
 from gradwise.transport import ICGN, ICNN, DisplacementSparseMap, GradientMap
 from gradwise.transport._minmax import MinMax
-from gradwise.trials import Arm, Difference, Match, Ratio, Run, Trial, TrialResult, Tuning
+from gradwise.trials import Arm, Difference, Match, Ratio, Run, Trial, TrialResult, Tuning, interval_figure
 
 Map = Callable[[Tensor], Tensor]
 WIDTH, BATCH, TOL = 32, 256, 0.1
@@ -242,30 +242,28 @@ def _stated() -> Iterator[Difference | Ratio]:
 
 def figures(result: TrialResult) -> list[Figure]:
     """Intervals of what matters, by arm and setting."""
-    rows = {(r["arm"], r["setting"], r["metric"]): r for r in result.table()}
-    drawn = []
-    for arms, settings, metric, title, log in (
-        (SOLVERS, PLANS, "seconds", "Seconds to marginals of 1e-9, or until time was over", True),
-        (SOLVERS, PLANS, "log10 error", "Marginal error reached, log10", False),
-        (FITS, MAPS, "left", "Share of the sliced distance that is left", False),
-        (FITS, MAPS, "error", "Squared distance to the exact map, relative", True),
-        (FITS, MAPS, "dimension", "Coordinates that move by more than 0.1", False),
-        (FITS, MAPS, "seconds", "Seconds to fit a map", True),
-    ):
-        series = []
-        for setting in settings:
-            found = [row for arm in arms if (row := rows.get((arm, setting, metric)))]
-            if found:
-                mean, low, high = ([row[end] for row in found] for end in ("mean", "low", "high"))
-                low = [max(value, 1e-6) for value in low] if log else low
-                series.append(Series(setting, [row["arm"] for row in found], mean, low, high))
-        if series:
-            told = " ".join(
-                f"{one.name}: " + ", ".join(f"{x} {y:.2g}" for x, y in zip(one.x, one.y, strict=True)) + "."
-                for one in series
-            )
-            drawn.append(Figure("intervals", title, f"{title}, with intervals. {told}", tuple(series), log_y=log))
-    return drawn
+    table = result.table()
+    drawn = [
+        interval_figure(
+            table,
+            metric,
+            title,
+            f"{title}, with intervals.",
+            arms=arms,
+            settings=settings,
+            log_y=log,
+            floor=1e-6 if log else None,
+        )
+        for arms, settings, metric, title, log in (
+            (SOLVERS, PLANS, "seconds", "Seconds to marginals of 1e-9, or until time was over", True),
+            (SOLVERS, PLANS, "log10 error", "Marginal error reached, log10", False),
+            (FITS, MAPS, "left", "Share of the sliced distance that is left", False),
+            (FITS, MAPS, "error", "Squared distance to the exact map, relative", True),
+            (FITS, MAPS, "dimension", "Coordinates that move by more than 0.1", False),
+            (FITS, MAPS, "seconds", "Seconds to fit a map", True),
+        )
+    ]
+    return [figure for figure in drawn if figure is not None]
 
 
 comparison = Trial(

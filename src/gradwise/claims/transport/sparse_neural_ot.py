@@ -36,7 +36,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from gradwise.base.figures import Figure, Series
+from gradwise.base.figures import Figure
 from gradwise.base.random import generator_from, spawn
 from gradwise.linalg.distances import sliced_wasserstein
 from gradwise.linalg.proximal import soft
@@ -45,7 +45,21 @@ from gradwise.testbeds.bed import Bed, Part
 from gradwise.testbeds.shifts import perturbed_cells, shifted_normals
 from gradwise.transport import ICNN, AnnealedSparsity, DisplacementSparseMap
 from gradwise.transport._minmax import MinMax
-from gradwise.trials import Arm, Bound, Control, Difference, Equal, Gate, Match, Ratio, Run, Trial, TrialResult, Tuning
+from gradwise.trials import (
+    Arm,
+    Bound,
+    Control,
+    Difference,
+    Equal,
+    Gate,
+    Match,
+    Ratio,
+    Run,
+    Trial,
+    TrialResult,
+    Tuning,
+    interval_figure,
+)
 
 D, TOL, CAP = 10, 0.1, 0.15
 BUDGET = 3.5  # three coordinates, and half a one for points at the edge of the tolerance
@@ -175,27 +189,16 @@ def measured(move: Move, Y: Tensor, X: Tensor, truth: Mapping[str, Tensor]) -> d
 
 def figures(result: TrialResult) -> list[Figure]:
     """What moves that need not, and what is left of the distance, by arm and setting."""
-    rows = {(r["arm"], r["setting"], r["metric"]): r for r in result.table()}
-    drawn = []
-    for metric, title, log in (
-        ("inactive", "Mean move of coordinates that need not move", True),
-        ("error", "Share of the sliced distance that is left", False),
-        ("dimension", "Coordinates that move by more than 0.1", False),
-    ):
-        series = []
-        for setting in result.trial.settings:
-            found = [row for arm in result.trial.arms if (row := rows.get((arm.name, setting, metric)))]
-            if found:
-                mean, low, high = ([row[end] for row in found] for end in ("mean", "low", "high"))
-                low = [max(value, 1e-7) for value in low] if log else low
-                series.append(Series(setting, [row["arm"] for row in found], mean, low, high))
-        if series:
-            told = " ".join(
-                f"{one.name}: " + ", ".join(f"{x} {y:.2g}" for x, y in zip(one.x, one.y, strict=True)) + "."
-                for one in series
-            )
-            drawn.append(Figure("intervals", title, f"{title}, with intervals. {told}", tuple(series), log_y=log))
-    return drawn
+    table = result.table()
+    drawn = [
+        interval_figure(table, metric, title, f"{title}, with intervals.", log_y=log, floor=1e-7 if log else None)
+        for metric, title, log in (
+            ("inactive", "Mean move of coordinates that need not move", True),
+            ("error", "Share of the sliced distance that is left", False),
+            ("dimension", "Coordinates that move by more than 0.1", False),
+        )
+    ]
+    return [figure for figure in drawn if figure is not None]
 
 
 SPARSE, CELLS, FEW, DENSE = "sparse shift", "large and small moves", "few points", "dense shift"
